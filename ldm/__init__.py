@@ -1,0 +1,1 @@
+"""Image models from AlexNet to Stable Diffusion: nets, numerics, recipes, data."""

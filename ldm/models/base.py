@@ -1,0 +1,214 @@
+"""What every recipe shares: reading a batch, optimiser and scheduler, EMA, logging, weights to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from ldm.modules.ema import LitEma
+from ldm.util import UserError, get_obj_from_str, instantiate_from_config
+
+Config = dict[str, Any]
+
+
+class BaseModel(pl.LightningModule):
+    """A recipe. Subclasses write `loss` and `log_images`, generative ones also `sample` and `condition`.
+
+    Args:
+        monitor: logged metric that decides which checkpoint is the best one (`val/loss`, ...); None keeps the last.
+        ckpt_path: weights to start from.
+        ignore_keys: prefixes of state-dict keys not to read from `ckpt_path`.
+        optimizer_config: `{target: torch.optim.X, params: {...}}` without the learning rate; None is AdamW.
+        scheduler_config: `{target, params}`: an official lambda scheduler (`ldm.lr_scheduler.*`) or any
+            `torch.optim.lr_scheduler` class, stepped after every update.
+        compile: True or a `torch.compile` mode: compiles `networks()` in place, so that no key changes its name.
+
+    main.py sets `learning_rate` before the optimiser is built.
+    """
+
+    def __init__(
+        self,
+        *,
+        monitor: str | None = None,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        optimizer_config: Config | None = None,
+        scheduler_config: Config | None = None,
+        compile: bool | str = False,  # noqa: A002  (the field's name for it)
+    ) -> None:
+        super().__init__()
+        if monitor is not None:
+            self.monitor = monitor
+        self.learning_rate = 1e-4
+        self.class_names: list[str] | None = None
+        self.optimizer_config, self.scheduler_config = optimizer_config, scheduler_config
+        self.compile_mode = compile
+        self._ckpt_path, self._ignore_keys = ckpt_path, tuple(ignore_keys)
+
+    # --- what a recipe fills in ---------------------------------------------------------------------------------------
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch -> (scalar to minimise, named scalars to log without the split's prefix)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define loss(batch)")
+
+    def log_images(self, batch: dict[str, Any], n: int = 8, **kwargs: Any) -> dict[str, Tensor]:
+        """batch -> name -> pictures [B, C, H, W] in [-1, 1]."""
+        return {}
+
+    def condition(
+        self,
+        seeds: Sequence[int],
+        *,
+        classes: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | None = None,
+    ) -> dict[str, Any] | None:
+        """What `sample` takes as its condition, one entry per seed; this one is for unconditional models.
+
+        Raises:
+            UserError: a class or a prompt was given to a model that knows neither.
+        """
+        for name, value in (("class", classes), ("prompt", prompts), ("negative prompt", negative_prompt)):
+            if value is not None:
+                raise UserError(f"{type(self).__name__} was trained without conditions: it takes no {name}")
+        return None
+
+    def networks(self) -> list[nn.Module]:
+        """The networks worth compiling."""
+        return [self.model] if isinstance(getattr(self, "model", None), nn.Module) else []
+
+    # --- batch --------------------------------------------------------------------------------------------------------
+
+    def get_input(self, batch: dict[str, Any], key: str) -> Tensor:
+        """`batch[key]` [B, H, W, C] or [B, H, W] in [-1, 1] -> [B, C, H, W] float32, channels-last in memory."""
+        if key not in batch:
+            raise UserError(
+                f"the batch has no key {key!r}; the data set gives {sorted(batch)} (model.params.first_stage_key)"
+            )
+        x = batch[key]
+        if x.ndim == 3:
+            x = x[..., None]
+        return x.permute(0, 3, 1, 2).to(memory_format=torch.channels_last, dtype=torch.float32)
+
+    # --- EMA ----------------------------------------------------------------------------------------------------------
+
+    def init_ema(self, module: nn.Module, decay: float = 0.9999) -> None:
+        """Keeps an average of `module`'s trained weights as `model_ema` (official key names)."""
+        self.model_ema = LitEma(module, decay=decay)
+        # a list hides the module from nn.Module, which would otherwise register it (and its keys) twice
+        self._ema_source = [module]
+
+    @property
+    def use_ema(self) -> bool:
+        return hasattr(self, "model_ema")
+
+    @contextmanager
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Averaged weights inside the block, trained weights after it, whatever happens inside."""
+        if not self.use_ema:
+            yield
+            return
+        with self.model_ema.swapped(self._ema_source[0]):
+            yield
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.update_ema()
+
+    def update_ema(self) -> None:
+        """Moves the average by one update. Recipes with manual optimisation call it after their generator's step."""
+        if self.use_ema:
+            self.model_ema(self._ema_source[0])
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def shared_step(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The official name of `loss`."""
+        return self.loss(batch)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss, logs = self.loss(batch)
+        self.log_dict({f"train/{k}": v.detach() for k, v in logs.items()}, batch_size=self._size(batch))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: dict[str, Any], split: str) -> None:
+        _, logs = self.loss(batch)
+        if self.use_ema:
+            with self.ema_scope():
+                _, averaged = self.loss(batch)
+            logs = {**logs, **{f"{k}_ema": v for k, v in averaged.items()}}
+        self.log_dict({f"{split}/{k}": v for k, v in logs.items()}, batch_size=self._size(batch), sync_dist=True)
+
+    @staticmethod
+    def _size(batch: dict[str, Any]) -> int:
+        return len(next(iter(batch.values())))
+
+    # --- optimiser ----------------------------------------------------------------------------------------------------
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.build_optimizer(self.trained_parameters())
+        scheduler = self.build_scheduler(optimizer)
+        return ([optimizer], [scheduler]) if scheduler else optimizer
+
+    def build_optimizer(self, params: Any) -> torch.optim.Optimizer:
+        """`optimizer_config` (default AdamW) over `params` at `learning_rate`."""
+        config = self.optimizer_config or {"target": "torch.optim.AdamW"}
+        return instantiate_from_config(config, params=params, lr=self.learning_rate)
+
+    def build_scheduler(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """A Lightning scheduler entry that steps once per update, or None."""
+        if not self.scheduler_config:
+            return None
+        cls = get_obj_from_str(self.scheduler_config["target"])
+        if issubclass(cls, torch.optim.lr_scheduler.LRScheduler):
+            scheduler = instantiate_from_config(self.scheduler_config, optimizer=optimizer)
+        else:
+            factor = instantiate_from_config(self.scheduler_config).schedule
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=factor)
+        return {"scheduler": scheduler, "interval": "step", "frequency": 1}
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    def load_ckpt_path(self) -> None:
+        """Reads `ckpt_path`; a subclass calls it at the end of its constructor."""
+        if self._ckpt_path is not None:
+            self.init_from_ckpt(self._ckpt_path, self._ignore_keys)
+
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
+        """Loads a checkpoint file, leaving out keys that start with one of `ignore_keys`."""
+        from ldm import checkpoint
+
+        state = checkpoint.read_state(path)
+        state = {k: v for k, v in state.items() if not k.startswith(tuple(ignore_keys))}
+        report = checkpoint.load(self, state, source=path, allow=tuple(ignore_keys))
+        rank_zero_info(f"{path}: {report}")
+
+    def configure_model(self) -> None:
+        """Called by the Trainer once the module is where it will run."""
+        for module in self.networks():
+            module.to(memory_format=torch.channels_last)
+            if self.compile_mode:
+                mode = self.compile_mode if isinstance(self.compile_mode, str) else None
+                module.compile(mode=mode)
+        self.compile_mode = False  # fit, validate and test all call this hook; once is enough
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["class_names"] = self.class_names
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.class_names = checkpoint.get("class_names")

@@ -1,0 +1,189 @@
+"""Building blocks of the diffusion U-Net: embeddings, norms, resampling and the residual block.
+
+Convolutions are meant to run channels-last: every operation here keeps the memory format of its input.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """A 1, 2 or 3-dimensional convolution; the other arguments are those of `nn.Conv2d`."""
+    if dims not in CONVOLUTIONS:
+        raise ValueError(f"got dims={dims}, expected 1, 2 or 3")
+    return CONVOLUTIONS[dims](*args, **kwargs)
+
+
+def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """A 1, 2 or 3-dimensional average pool; the other arguments are those of `nn.AvgPool2d`."""
+    if dims not in AVERAGE_POOLS:
+        raise ValueError(f"got dims={dims}, expected 1, 2 or 3")
+    return AVERAGE_POOLS[dims](*args, **kwargs)
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """Sets every parameter to zero, so that a residual branch starts as the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a tensor that nobody else holds: in place where no gradient needs its input."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def checkpoint(enabled: bool, dropout: float, function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+    """`function(*args)`; with `enabled`, its activations are computed again in the backward pass instead of held."""
+    if not (enabled and torch.is_grad_enabled()):
+        return function(*args)
+    # the random state costs a device sync to save: only dropout needs it
+    return torch_checkpoint(function, *args, use_reentrant=False, preserve_rng_state=dropout > 0)
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group norm whose statistics are float32 and whose output has the dtype of its input (eps 1e-5)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # the kernels accumulate half precision input in float32, weights only have to agree in dtype
+        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def normalization(channels: int, groups: int = 32) -> GroupNorm32:
+    """The norm of residual and attention blocks: 32 groups; raises ValueError if they do not divide `channels`."""
+    return GroupNorm32(groups, channels)
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, repeat_only: bool = False) -> Tensor:
+    """Sinusoidal embedding [B, dim] in [-1, 1] of integer or fractional timesteps [B].
+
+    Cosines first, then sines, of t * max_period^(-i / (dim // 2)); an odd `dim` ends with a zero column
+    (after "Attention Is All You Need", section 3.5). `repeat_only` returns each timestep `dim` times instead.
+    """
+    if repeat_only:
+        return timesteps[:, None].repeat(1, dim)
+    half = dim // 2
+    i = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    args = timesteps[:, None].float() * torch.exp(-math.log(max_period) / half * i)
+    return F.pad(torch.cat([args.cos(), args.sin()], dim=-1), (0, dim % 2))
+
+
+class Timestep(nn.Module):
+    """`timestep_embedding` to `dim` columns as a module."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, t: Tensor) -> Tensor:
+        """[B] -> [B, dim]."""
+        return timestep_embedding(t, self.dim)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling by two, then a 3x3 convolution if `use_conv`; dims=3 keeps the depth."""
+
+    def __init__(
+        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.scale = (1.0, 2.0, 2.0) if dims == 3 else (2.0,) * dims
+        self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=padding) if use_conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', 2H, 2W]."""
+        if x.shape[1] != self.channels:
+            raise ValueError(f"got {x.shape[1]} channels, expected {self.channels}")
+        x = F.interpolate(x, scale_factor=self.scale, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+class Downsample(nn.Module):
+    """Halves height and width by a strided 3x3 convolution (`use_conv`) or an average; dims=3 keeps the depth."""
+
+    def __init__(
+        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        stride = (1, 2, 2) if dims == 3 else 2
+        if use_conv:
+            self.op = conv_nd(dims, channels, out_channels or channels, 3, stride=stride, padding=padding)
+        elif out_channels in (None, channels):
+            self.op = avg_pool_nd(dims, kernel_size=stride, stride=stride)
+        else:
+            raise ValueError(f"got out_channels={out_channels} without a convolution, expected {channels}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H / 2, W / 2]."""
+        if x.shape[1] != self.channels:
+            raise ValueError(f"got {x.shape[1]} channels, expected {self.channels}")
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Two norm-SiLU-convolution layers around an injected embedding, plus a skip connection.
+
+    `use_scale_shift_norm`: the embedding scales and shifts the second norm instead of being added before it.
+    `up` / `down`: resamples by two between the first SiLU and the first convolution, and the skip with it.
+    `use_conv`: a 3x3 instead of a 1x1 convolution where the skip changes the number of channels.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int | None = None,
+        use_conv: bool = False,
+        use_scale_shift_norm: bool = False,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        up: bool = False,
+        down: bool = False,
+    ) -> None:
+        super().__init__()
+        out = out_channels or channels
+        self.channels, self.emb_channels, self.out_channels = channels, emb_channels, out
+        self.dropout, self.use_checkpoint, self.use_scale_shift_norm = dropout, use_checkpoint, use_scale_shift_norm
+        self.in_layers = nn.Sequential(normalization(channels), nn.SiLU(), conv_nd(dims, channels, out, 3, padding=1))
+        self.resample = Upsample(channels, False, dims) if up else Downsample(channels, False, dims) if down else None
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, 2 * out if use_scale_shift_norm else out))
+        self.out_layers = nn.Sequential(
+            normalization(out), nn.SiLU(), nn.Dropout(p=dropout), zero_module(conv_nd(dims, out, out, 3, padding=1))
+        )
+        if out == channels:
+            self.skip_connection: nn.Module = nn.Identity()
+        elif use_conv:
+            self.skip_connection = conv_nd(dims, channels, out, 3, padding=1)
+        else:
+            self.skip_connection = conv_nd(dims, channels, out, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x [B, C, H, W], emb [B, E] -> [B, C', H', W'] (any number of spatial axes)."""
+        return checkpoint(self.use_checkpoint, self.dropout, self._forward, x, emb)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = silu(self.in_layers[0](x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.in_layers[2](h)
+        e = self.emb_layers(emb).to(h.dtype)
+        e = e.reshape(*e.shape, *[1] * (h.dim() - 2))
+        norm, _, dropout, conv = self.out_layers
+        if self.use_scale_shift_norm:
+            scale, shift = e.chunk(2, dim=1)
+            h = torch.addcmul(shift, norm(h), 1 + scale)
+        else:
+            h = norm(h + e)
+        return self.skip_connection(x) + conv(dropout(silu(h)))
