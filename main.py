@@ -28,8 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="main.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Further arguments: key.path=value changes one value of the YAML; --max_steps 100, --precision bf16-mixed,\n"
-        "--devices 2, ... go to lightning.trainer. Examples: configs/; explanations: docs/.",
+        epilog="Further arguments: key.path=value changes one value of the YAML; --max_steps 100, --devices 2,\n"
+        "--precision bf16-mixed, ... go to lightning.trainer. Examples: configs/; explanations: docs/.",
         allow_abbrev=False,
     )
     switch: dict[str, Any] = {"type": str2bool, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}

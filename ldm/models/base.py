@@ -133,7 +133,7 @@ class BaseModel(pl.LightningModule):
         return self.loss(batch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss, logs = self.loss(batch)
+        loss, logs = self.shared_step(batch)
         self.log_dict({f"train/{k}": v.detach() for k, v in logs.items()}, batch_size=self._size(batch))
         return loss
 
@@ -144,10 +144,10 @@ class BaseModel(pl.LightningModule):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: dict[str, Any], split: str) -> None:
-        _, logs = self.loss(batch)
+        _, logs = self.shared_step(batch)
         if self.use_ema:
             with self.ema_scope():
-                _, averaged = self.loss(batch)
+                _, averaged = self.shared_step(batch)
             logs = {**logs, **{f"{k}_ema": v for k, v in averaged.items()}}
         self.log_dict({f"{split}/{k}": v for k, v in logs.items()}, batch_size=self._size(batch), sync_dist=True)
 

@@ -38,7 +38,9 @@ class GEGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim_in] -> [..., dim_out]."""
         x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        if torch.is_grad_enabled():
+            return x * F.gelu(gate)
+        return x.mul_(torch.ops.aten.gelu_(gate))  # large tensors: what is fresh costs page faults
 
 
 class FeedForward(nn.Module):

@@ -168,12 +168,12 @@ class LinAttnBlock(nn.Module):
 
 
 def make_attn(in_channels: int, attn_type: str = "vanilla") -> nn.Module:
-    """The attention of that name: vanilla, linear or none.
+    """The attention of that name: vanilla (SDXL's files say vanilla-xformers), linear or none.
 
     Raises:
         ValueError: another name.
     """
-    makers = {"vanilla": AttnBlock, "linear": LinAttnBlock, "none": nn.Identity}
+    makers = {"vanilla": AttnBlock, "vanilla-xformers": AttnBlock, "linear": LinAttnBlock, "none": nn.Identity}
     if attn_type not in makers:
         raise ValueError(f"attn_type: got {attn_type!r}, expected one of {', '.join(makers)}")
     return makers[attn_type](in_channels)
@@ -274,7 +274,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         attn_type = "linear" if use_linear_attn else attn_type
-        self.num_resolutions = len(ch_mult)
+        self.ch, self.num_resolutions = ch, len(ch_mult)
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = _down_levels(
             ch, ch_mult, num_res_blocks, attn_resolutions, resolution, attn_type, dropout, resamp_with_conv

@@ -1,4 +1,4 @@
-"""The text transformer of CLIP (Radford et al. 2021, section 2.4) under the names that SD v1 and SDXL checkpoints hold."""
+"""CLIP's text transformer (Radford et al. 2021, section 2.4) under the names that SD v1 and SDXL checkpoints hold."""
 
 from __future__ import annotations
 

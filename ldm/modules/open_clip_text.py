@@ -167,7 +167,7 @@ class OpenCLIPText(nn.Module):
         return inner, last
 
     def pool(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """[B, L, D] after `ln_final` -> [B, embed_dim]: the row of the end-of-text token (the largest id), projected."""
+        """[B, L, D] after `ln_final` -> [B, embed_dim]: the row of the end token (the largest id), projected."""
         return x[torch.arange(len(x), device=x.device), tokens.argmax(-1)] @ self.text_projection
 
     def encode_text(self, tokens: Tensor) -> Tensor:

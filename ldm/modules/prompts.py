@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,30 +30,31 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     """
     runs: list[list] = []  # [text, weight]
     opened: list[tuple[str, int]] = []  # (bracket, index of the first run inside)
-
-    def close(bracket: str, factor: float) -> bool:
-        """Applies `factor` from the nearest open `bracket` on; False if there is none."""
-        for i in range(len(opened) - 1, -1, -1):
-            if opened[i][0] == bracket:
-                for run in runs[opened.pop(i)[1] :]:
-                    run[1] *= factor
-                return True
-        return False
-
     for m in _SYNTAX.finditer(prompt):
-        mark, weight = m["mark"], m["weight"]
-        if mark and mark in "([":
-            opened.append((mark, len(runs)))
-        elif weight is not None and close("(", float(weight)):
-            continue
-        elif mark == ")" and close("(", STEP) or mark == "]" and close("[", 1 / STEP):
-            continue
-        else:
+        if m["mark"] and m["mark"] in "([":
+            opened.append((m["mark"], len(runs)))
+        elif not _close(m, runs, opened):
             runs.append([m["literal"] or m[0], 1.0])
     for bracket, start in opened:
         for run in runs[start:]:
             run[1] *= STEP if bracket == "(" else 1 / STEP
     return _join(runs)
+
+
+def _close(m: re.Match[str], runs: list[list], opened: list[tuple[str, int]]) -> bool:
+    """Scales the runs since the bracket that `m` closes; False if it closes none."""
+    if m["weight"] is not None:
+        bracket, factor = "(", float(m["weight"])
+    elif m["mark"]:
+        bracket, factor = ("(", STEP) if m["mark"] == ")" else ("[", 1 / STEP)
+    else:
+        return False
+    for i in range(len(opened) - 1, -1, -1):
+        if opened[i][0] == bracket:
+            for run in runs[opened.pop(i)[1] :]:
+                run[1] *= factor
+            return True
+    return False
 
 
 def _join(runs: list[list]) -> list[tuple[str, float]]:
@@ -115,30 +117,27 @@ def apply_weights(z: Tensor, weights: Tensor) -> Tensor:
     return (scaled * torch.where(after == 0, 1.0, before / after)).to(z.dtype)
 
 
-class TextEmbedder(nn.Module):
-    """Base of the embedders that read text. Subclasses write `make_tokenizer`, `embed` and `n_layers`.
+class TextEmbedder(nn.Module, ABC):
+    """Base of the embedders that read text.
 
     The vocabulary is read when the first text arrives: building and loading a model needs no tokenizer file.
     """
 
     output_keys: tuple[str, ...] = ("crossattn",)  # where GeneralConditioner puts each output
+    per_token = True  # False: one vector per text, for which chunks and weights mean nothing
+    n_layers = 1  # layers that are run when clip_skip is 1: the largest clip_skip
 
     def __init__(self) -> None:
         super().__init__()
         self._tokenizer: Tokenizer | None = None
 
+    @abstractmethod
     def make_tokenizer(self) -> Tokenizer:
         """A new tokenizer; raises UserError if its vocabulary is missing."""
-        raise TypeError(f"{type(self).__name__} does not say how to make its tokenizer")
 
+    @abstractmethod
     def embed(self, tokens: Tensor, clip_skip: int = 1) -> Tensor | tuple[Tensor, Tensor]:
         """[B, L] int64 -> [B, L, D], or that and a pooled [B, D']."""
-        raise TypeError(f"{type(self).__name__} does not say how to embed tokens")
-
-    @property
-    def n_layers(self) -> int:
-        """Layers that are run when clip_skip is 1: the largest clip_skip."""
-        raise TypeError(f"{type(self).__name__} does not say how many layers it has")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -169,7 +168,8 @@ class TextEmbedder(nn.Module):
         """Prompts -> [B, L, D] (and pooled [B, D'] where forward gives it, from the first chunk).
 
         Args:
-            prompts: texts. A negative prompt is just another one. (Tokens [B, L] go straight to `forward`.)
+            prompts: texts; a negative prompt is just another one. Tokens [B, L] go straight to `forward`, and so do the
+                texts of an embedder that gives one vector per text.
             clip_skip: 1 = the layer that the model was trained with, 2 = one before it, ...; the final norm is applied
                 where it is applied for 1.
             long_prompt: encode in chunks of L - 2 tokens and join the outputs, [B, n L, D]; n is that of the longest
@@ -180,20 +180,33 @@ class TextEmbedder(nn.Module):
         Raises:
             ValueError: clip_skip out of range.
         """
-        if isinstance(prompts, Tensor):
-            return self(prompts)
-        if not 1 <= clip_skip <= self.n_layers:
-            raise ValueError(f"got clip_skip {clip_skip}, expected 1..{self.n_layers}")
-        tokenised = [tokenise(self.tokenizer, p, weights) for p in ([prompts] if isinstance(prompts, str) else prompts)]
+        if not self.per_token and (clip_skip != 1 or long_prompt):
+            raise ValueError(f"{type(self).__name__} gives one vector per text: clip_skip and long_prompt do not apply")
+        if isinstance(prompts, Tensor) or not self.per_token:
+            return self.encode_whole(prompts)
+        if not 1 <= clip_skip <= max(1, self.n_layers):
+            raise ValueError(f"got clip_skip {clip_skip}, expected 1..{max(1, self.n_layers)}")
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        index = {p: i for i, p in enumerate(dict.fromkeys(prompts))}  # a batch often repeats one prompt
+        tokenised = [tokenise(self.tokenizer, p, weights) for p in index]
         n = max([self._chunks(t) for t in tokenised] + [min_chunks]) if long_prompt else 1
-        rows = [row for t in tokenised for row in self._rows(t, n)]
-        tokens, scale = torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows])
-        z = self.embed(tokens.to(self.device), clip_skip)
-        z, *pooled = z if isinstance(z, tuple) else (z,)
+        z, *pooled = self._embed_rows([row for t in tokenised for row in self._rows(t, n)], clip_skip)
+        order = [index[p] for p in prompts]
+        z = z.reshape(len(tokenised), -1, z.shape[-1])[order]
+        return (z, pooled[0][::n][order]) if pooled else z
+
+    def encode_whole(self, text: str | Sequence[str] | Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """`encode` without options."""
+        return self(text)
+
+    def _embed_rows(self, rows: list[tuple[list[int], list[float]]], clip_skip: int) -> tuple[Tensor, ...]:
+        """Rows of (ids, weights) -> what `embed` returns, weighted, as a tuple."""
+        scale = torch.tensor([r[1] for r in rows])
+        out = self.embed(torch.tensor([r[0] for r in rows]).to(self.device), clip_skip)
+        z, *pooled = out if isinstance(out, tuple) else (out,)
         if bool((scale != 1).any()):
             z = apply_weights(z, scale.to(z.device))
-        z = z.reshape(len(tokenised), -1, z.shape[-1])
-        return (z, pooled[0][::n]) if pooled else z
+        return (z, *pooled)
 
     def _chunks(self, prompt: TokenisedPrompt) -> int:
         return max(1, -(-len(prompt.ids) // (self.tokenizer.max_length - 2)))

@@ -107,7 +107,7 @@ def byte_symbols() -> list[str]:
 
 @functools.lru_cache(maxsize=4)
 def _read_merges(path: Path) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """(symbol -> id, pair of symbols -> rank). Ids: shown bytes, hidden bytes, both again as word ends, merges, specials."""
+    """(symbol -> id, pair -> rank). Ids in this order: bytes, bytes that end a word, merges, start and end of text."""
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : N_MERGES + 1]
         merges = [(a, b) for a, b in (line.split() for line in lines)]
@@ -202,7 +202,7 @@ class CLIPTokenizer(Tokenizer):
 
 
 def find_bert_file(path: str | None = None) -> Path:
-    """bert-base-uncased's vocab.txt: `path`, else models/bert-base-uncased/ here or in the project, else the hub's cache.
+    """bert-base-uncased's vocab.txt: `path`, else models/bert-base-uncased/ here or in the project, else the hub cache.
 
     Raises:
         UserError: not there.

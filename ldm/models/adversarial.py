@@ -1,0 +1,166 @@
+"""Two optimisers under Lightning: generator and discriminator, with what manual optimisation leaves to the user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from ldm.models.base import BaseModel
+
+Losses = tuple[Tensor, dict[str, Tensor]]
+
+
+class AdversarialModel(BaseModel):
+    """A recipe that trains a generator against a discriminator, by turns: one update of each per step.
+
+    Subclasses write `generator_loss`, `discriminator_loss`, `generator_parameters` and `discriminator_parameters`.
+    A step is one update of the generator: `max_steps`, `global_step`, schedulers, the average and `updates` (what
+    `disc_start` counts) all mean that, however many optimisers and batches it takes.
+
+    Args:
+        accumulate: batches per update.
+        clip: largest gradient norm, of the generator and of the discriminator apart; None for no limit.
+
+    `accumulate_grad_batches` and `gradient_clip_val` of the Trainer, which Lightning refuses for two optimisers, are
+    taken over as these two.
+    """
+
+    loss_names = ("generator_loss", "discriminator_loss")  # what the two losses are logged as
+
+    def __init__(self, *, accumulate: int = 1, clip: float | None = None, **base: Any) -> None:
+        super().__init__(**base)
+        if accumulate < 1:
+            raise ValueError(f"accumulate: got {accumulate}, expected at least 1")
+        self.automatic_optimization = False
+        self.accumulate, self.clip = accumulate, clip
+        self.clip_algorithm: str | None = None
+        self.updates = 0
+        self._window: list[dict[str, Any]] = []
+
+    # --- what a recipe fills in ---------------------------------------------------------------------------------------
+
+    def generator_loss(self, batch: dict[str, Any]) -> Losses:
+        """batch -> (scalar for the generator's parameters, logs without the split's prefix)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define generator_loss(batch)")
+
+    def discriminator_loss(self, batch: dict[str, Any]) -> Losses:
+        """batch -> (scalar for the discriminator's parameters, logs); the generator is to run without gradients."""
+        raise NotImplementedError(f"{type(self).__name__} does not define discriminator_loss(batch)")
+
+    def generator_parameters(self) -> list[nn.Parameter]:
+        """What the first optimiser holds."""
+        raise NotImplementedError(f"{type(self).__name__} does not define generator_parameters()")
+
+    def discriminator_parameters(self) -> list[nn.Parameter]:
+        """What the second optimiser holds."""
+        raise NotImplementedError(f"{type(self).__name__} does not define discriminator_parameters()")
+
+    # --- optimisers ---------------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[Any]:
+        """Lightning calls this just before it would refuse the two Trainer settings below."""
+        trainer = self.trainer
+        if trainer.accumulate_grad_batches != 1:
+            self.accumulate, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, 1
+            rank_zero_info(f"two optimisers: the model accumulates {self.accumulate} batches per update")
+        if trainer.gradient_clip_val:
+            self.clip, trainer.gradient_clip_val = float(trainer.gradient_clip_val), None
+            self.clip_algorithm = trainer.gradient_clip_algorithm
+            rank_zero_info(f"two optimisers: the model clips gradients at {self.clip}")
+        return []
+
+    def configure_optimizers(self) -> Any:
+        optimizers = [
+            self.build_optimizer(self.generator_parameters()),
+            self.build_optimizer(self.discriminator_parameters()),
+        ]
+        schedulers = [self.build_scheduler(o) for o in optimizers]
+        return optimizers, [s for s in schedulers if s is not None]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.clip:  # here, since a fp16 scaler has taken its scale out of the gradients just before
+            self.clip_gradients(optimizer, self.clip, self.clip_algorithm or "norm")
+
+    # --- the step -----------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        self._window = []
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        self._window.append(batch)
+        generator, discriminator = self.optimizers()
+        total = self._backward(self.generator_loss, batch, self.discriminator_parameters(), self.loss_names[0])
+        if len(self._window) < self.accumulate and not self.trainer.is_last_batch:
+            return total
+        # all batches of one network before the next: a fp16 scaler may change its scale at every step
+        window, self._window = self._window, []
+        generator.step()
+        generator.zero_grad(set_to_none=True)
+        for earlier in window:
+            total = total + self._backward(
+                self.discriminator_loss, earlier, self.generator_parameters(), self.loss_names[1]
+            )
+        # past Lightning's wrapper, which would count this as another step
+        self.trainer.strategy.optimizer_step(discriminator.optimizer, lambda: None)
+        discriminator.zero_grad(set_to_none=True)
+        for scheduler in self._schedulers():
+            scheduler.step()
+        self.updates += 1
+        self.update_ema()
+        return total
+
+    def _backward(
+        self, loss_of: Callable[[dict[str, Any]], Losses], batch: dict[str, Any], others: list[nn.Parameter], name: str
+    ) -> Tensor:
+        with frozen(others):
+            loss, logs = loss_of(batch)
+            self.manual_backward(loss / self.accumulate)
+        size = self._size(batch)
+        self.log(name, loss.detach(), prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{k}": v.detach() for k, v in logs.items()}, batch_size=size)
+        return loss.detach()
+
+    def _schedulers(self) -> Sequence[Any]:
+        schedulers = self.lr_schedulers()
+        if schedulers is None:
+            return ()
+        return schedulers if isinstance(schedulers, list) else (schedulers,)
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def shared_step(self, batch: dict[str, Any]) -> Losses:
+        """The generator's loss, and the logs of both networks."""
+        loss, logs = self.generator_loss(batch)
+        _, more = self.discriminator_loss(batch)
+        return loss, {**logs, **more}
+
+    def loss(self, batch: dict[str, Any]) -> Losses:
+        return self.shared_step(batch)
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["updates"] = self.updates
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.updates = int(checkpoint.get("updates", checkpoint.get("global_step", 0)))
+
+
+@contextmanager
+def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """No gradients for these parameters inside the block; those that had none before keep none after it."""
+    trained = [p for p in parameters if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)

@@ -1,0 +1,438 @@
+"""First stages of latent diffusion: AutoencoderKL and VQModel (Rombach et al. 2022; Esser et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from ldm.models.adversarial import AdversarialModel, Losses
+from ldm.models.base import Config
+from ldm.modules.autoencoder import Decoder, Encoder
+from ldm.modules.distributions import DiagonalGaussianDistribution
+from ldm.modules.losses import measure_perplexity
+from ldm.modules.lpips import LPIPS
+from ldm.modules.quantize import VectorQuantizer2
+from ldm.util import SeededNoise, UserError, check_params, instantiate_from_config
+
+ADAM = {"target": "torch.optim.Adam", "params": {"betas": (0.5, 0.9)}}
+
+
+class AutoencoderBase(AdversarialModel):
+    """Encoder, decoder and loss; subclasses add what lies between encoder and decoder.
+
+    Args:
+        ddconfig: parameters of `Encoder` and `Decoder`, given to both.
+        lossconfig: `{target, params}` of the loss; `torch.nn.Identity` for a first stage that is only used.
+        image_key: key of the images in the batch.
+        colorize_nlabels: number of labels of one-hot segmentation maps, to be shown in random colours.
+        use_ema: average the weights.
+        ema_decay: of the average.
+    """
+
+    loss_names = ("aeloss", "discloss")
+    # a first stage's file may come without the loss that it was trained with, or with one that is not wanted here
+    tolerated_keys = ("loss.",)
+
+    def __init__(
+        self,
+        ddconfig: Config,
+        lossconfig: Config,
+        *,
+        image_key: str = "image",
+        colorize_nlabels: int | None = None,
+        use_ema: bool = False,
+        ema_decay: float = 0.9999,
+        **base: Any,
+    ) -> None:
+        super().__init__(**{"optimizer_config": ADAM, **base})
+        self.image_key, self.first_stage_key = image_key, image_key
+        check_params(Encoder, "ddconfig", ddconfig)
+        self.encoder, self.decoder = Encoder(**ddconfig), Decoder(**ddconfig)
+        self._modules["loss"] = instantiate_from_config(lossconfig)
+        self._averaged = ema_decay if use_ema else None
+        if colorize_nlabels is not None:
+            self.register_buffer("colorize", torch.randn(3, colorize_nlabels, 1, 1))
+
+    def _finish(self) -> None:
+        """The end of every constructor: the average needs all weights in place, the checkpoint the average."""
+        if self._averaged is not None:
+            self.init_ema(self, decay=self._averaged)
+        self.load_ckpt_path()
+
+    @property
+    def loss(self) -> nn.Module:
+        """The loss module, as in the official code; the loss of a batch is `shared_step(batch)` here."""
+        return self._modules["loss"]
+
+    def networks(self) -> list[nn.Module]:
+        return [self.encoder, self.decoder]
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.loss.to(memory_format=torch.channels_last)
+
+    def get_last_layer(self) -> Tensor:
+        return self.decoder.conv_out.weight
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        perceptual = getattr(self.loss, "perceptual_loss", None)
+        if isinstance(perceptual, LPIPS) and self.loss.perceptual_weight > 0 and not perceptual.has_weights:
+            perceptual.load_pretrained()
+
+    def configure_optimizers(self) -> Any:
+        if not hasattr(self.loss, "discriminator"):
+            raise UserError(
+                f"{type(self).__name__} cannot be trained with the loss {type(self.loss).__name__}: set "
+                "model.params.lossconfig.target to ldm.modules.losses.LPIPSWithDiscriminator (KL) or "
+                "ldm.modules.losses.VQLPIPSWithDiscriminator (VQ)"
+            )
+        return super().configure_optimizers()
+
+    def _between(self) -> list[nn.Module]:
+        """Trained modules between encoder and decoder."""
+        return [self.quant_conv, self.post_quant_conv]
+
+    def generator_parameters(self) -> list[nn.Parameter]:
+        return [p for m in (self.encoder, self.decoder, *self._between()) for p in m.parameters()]
+
+    def discriminator_parameters(self) -> list[nn.Parameter]:
+        return list(self.loss.discriminator.parameters())
+
+    # --- pictures -----------------------------------------------------------------------------------------------------
+
+    def to_rgb(self, x: Tensor) -> Tensor:
+        """[B, n, H, W] with n > 3 -> [B, 3, H, W] in [-1, 1], one random colour per channel."""
+        if x.shape[1] <= 3:
+            return x
+        colors = getattr(self, "colorize", None)
+        if colors is None:
+            colors = torch.randn(3, x.shape[1], 1, 1, generator=torch.Generator().manual_seed(0))
+        x = F.conv2d(x, colors.to(x))
+        return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0
+
+
+def _unprefixed(logs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The official losses name their logs `<split>/<name>`; the base class adds the split itself."""
+    return {k.partition("/")[2]: v for k, v in logs.items()}
+
+
+class AutoencoderKL(AutoencoderBase):
+    """Autoencoder whose latent is a Gaussian with a slight pull towards N(0, 1) (Rombach et al. 2022, section 3.1).
+
+    Args:
+        ddconfig, lossconfig, image_key, colorize_nlabels: as for `AutoencoderBase`; ddconfig needs `double_z: true`.
+        embed_dim: channels of the latent.
+        learn_logvar: train the loss' log-variance too, which no official optimiser holds.
+    """
+
+    def __init__(
+        self,
+        ddconfig: Config,
+        lossconfig: Config,
+        embed_dim: int,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        image_key: str = "image",
+        colorize_nlabels: int | None = None,
+        monitor: str | None = None,
+        learn_logvar: bool = False,
+        **base: Any,
+    ) -> None:
+        super().__init__(
+            ddconfig,
+            lossconfig,
+            image_key=image_key,
+            colorize_nlabels=colorize_nlabels,
+            monitor=monitor,
+            ckpt_path=ckpt_path,
+            ignore_keys=ignore_keys,
+            **base,
+        )
+        if not ddconfig.get("double_z", True):
+            raise ValueError("ddconfig.double_z: got False, expected True (mean and log-variance)")
+        z_channels = ddconfig["z_channels"]
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        self.embed_dim, self.learn_logvar = embed_dim, learn_logvar
+        self._finish()
+
+    def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
+        """[B, C, H, W] in [-1, 1] -> q(z | x) over [B, embed_dim, H/f, W/f]."""
+        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """[B, embed_dim, h, w] -> [B, C, h f, w f]."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def forward(
+        self,
+        input: Tensor,
+        sample_posterior: bool = True,  # noqa: A002  (official name)
+    ) -> tuple[Tensor, DiagonalGaussianDistribution]:
+        """Images -> (reconstructions, posterior)."""
+        posterior = self.encode(input)
+        return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior
+
+    def generator_parameters(self) -> list[nn.Parameter]:
+        return super().generator_parameters() + ([self.loss.logvar] if self.learn_logvar else [])
+
+    def generator_loss(self, batch: dict[str, Any]) -> Losses:
+        x = self.get_input(batch, self.image_key)
+        reconstructions, posterior = self(x)
+        loss, logs = self.loss(x, reconstructions, posterior, 0, self.updates, last_layer=self.get_last_layer())
+        return loss, _unprefixed(logs)
+
+    def discriminator_loss(self, batch: dict[str, Any]) -> Losses:
+        x = self.get_input(batch, self.image_key)
+        with torch.no_grad():
+            reconstructions, posterior = self(x)
+        loss, logs = self.loss(x, reconstructions, posterior, 1, self.updates)
+        return loss, _unprefixed(logs)
+
+    @torch.no_grad()
+    def log_images(self, batch: dict[str, Any], n: int = 8, only_inputs: bool = False, **_: Any) -> dict[str, Tensor]:
+        """inputs, reconstructions and samples (decoded prior noise).
+
+        Prior samples are left out where the weight of the KL term is under 1e-3: the latents of such a model are far
+        from N(0, 1), and its samples noise however good it is.
+        """
+        x = self.get_input(batch, self.image_key)[:n]
+        images = {"inputs": self.to_rgb(x)}
+        if only_inputs:
+            return images
+        reconstructions, posterior = self(x)
+        images["reconstructions"] = self.to_rgb(reconstructions).clamp(-1, 1)
+        if getattr(self.loss, "kl_weight", 1.0) >= 1e-3:
+            images["samples"] = self.to_rgb(self.decode(torch.randn_like(posterior.mean))).clamp(-1, 1)
+        return images
+
+    @torch.no_grad()
+    def sample(self, cond: None = None, *, seeds: Sequence[int], temperature: float = 1.0) -> Tensor:
+        """Decoded N(0, temperature^2) noise, [len(seeds), C, H, W] in [-1, 1], of the size in `ddconfig.resolution`."""
+        like = self.get_last_layer()
+        shape = (len(seeds), self.embed_dim, *self.decoder.z_shape[2:])
+        z = temperature * SeededNoise(seeds)(shape, device=like.device, dtype=like.dtype)
+        return self.decode(z).clamp(-1, 1)
+
+
+class VQModel(AutoencoderBase):
+    """Autoencoder with a codebook: VQGAN (Esser et al. 2021).
+
+    Args:
+        ddconfig, lossconfig, image_key, colorize_nlabels, use_ema: as for `AutoencoderBase`.
+        n_embed: number of codes.
+        embed_dim: channels of a code.
+        batch_resize_range: (lower, upper): each training batch is resized to a random multiple of 16 between them.
+        lr_g_factor: learning rate of the autoencoder as a multiple of the discriminator's.
+        remap: .npy file with the used codes.
+        sane_index_shape: indices as [B, H, W].
+        quantizer_config: `{target, params}` of another quantiser; its `n_e` and `e_dim` are n_embed and embed_dim.
+    """
+
+    def __init__(
+        self,
+        ddconfig: Config,
+        lossconfig: Config,
+        n_embed: int,
+        embed_dim: int,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        image_key: str = "image",
+        colorize_nlabels: int | None = None,
+        monitor: str | None = None,
+        batch_resize_range: Sequence[int] | None = None,
+        scheduler_config: Config | None = None,
+        lr_g_factor: float = 1.0,
+        remap: str | None = None,
+        sane_index_shape: bool = False,
+        use_ema: bool = False,
+        quantizer_config: Config | None = None,
+        **base: Any,
+    ) -> None:
+        super().__init__(
+            ddconfig,
+            lossconfig,
+            image_key=image_key,
+            colorize_nlabels=colorize_nlabels,
+            use_ema=use_ema,
+            monitor=monitor,
+            ckpt_path=ckpt_path,
+            ignore_keys=ignore_keys,
+            scheduler_config=scheduler_config,
+            **base,
+        )
+        self.embed_dim, self.n_embed = embed_dim, n_embed
+        self.batch_resize_range, self.lr_g_factor = batch_resize_range, lr_g_factor
+        if quantizer_config is None:
+            self.quantize: nn.Module = VectorQuantizer2(
+                n_embed, embed_dim, beta=0.25, remap=remap, sane_index_shape=sane_index_shape
+            )
+        else:
+            self.quantize = instantiate_from_config(quantizer_config, n_e=n_embed, e_dim=embed_dim)
+        z_channels = ddconfig["z_channels"] * (2 if ddconfig.get("double_z", True) else 1)
+        self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+        self._code_counts: Tensor | None = None
+        self._finish()
+
+    # --- first stage --------------------------------------------------------------------------------------------------
+
+    def encode_to_prequant(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] in [-1, 1] -> continuous latents [B, embed_dim, h, w]."""
+        return self.quant_conv(self.encoder(x))
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Images -> (codes [B, embed_dim, h, w], codebook loss [], (perplexity, encodings, indices))."""
+        return self.quantize(self.encode_to_prequant(x))
+
+    def decode(self, quant: Tensor) -> Tensor:
+        """[B, embed_dim, h, w] -> [B, C, h f, w f]."""
+        return self.decoder(self.post_quant_conv(quant))
+
+    def decode_code(self, code_b: Tensor) -> Tensor:
+        """Code indices [B, h, w] (or [B, h w] of a square map) -> images [B, C, H, W].
+
+        Raises:
+            ValueError: the number of indices per image is no square.
+        """
+        B, n = code_b.shape[0], code_b[0].numel()
+        h, w = code_b.shape[1:] if code_b.ndim == 3 else (int(n**0.5),) * 2
+        if h * w != n:
+            raise ValueError(f"code_b: got {n} indices per image, expected [B, h, w] or a square number")
+        return self.decode(self.quantize.get_codebook_entry(code_b.reshape(-1), (B, h, w, self.embed_dim)))
+
+    def forward(
+        self,
+        input: Tensor,
+        return_pred_indices: bool = False,  # noqa: A002  (official name)
+    ) -> tuple[Tensor, ...]:
+        """Images -> (reconstructions, codebook loss), and the code indices if asked for."""
+        quant, diff, (_, _, indices) = self.encode(input)
+        reconstructions = self.decode(quant)
+        return (reconstructions, diff, indices) if return_pred_indices else (reconstructions, diff)
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def get_input(self, batch: dict[str, Any], key: str) -> Tensor:
+        x = super().get_input(batch, key)
+        if self.batch_resize_range is None or not self.training:
+            return x
+        lower, upper = self.batch_resize_range
+        sizes = range(lower, upper + 16, 16)
+        # the largest size first, so that memory runs out at once if it runs out
+        size = upper if self.updates <= 4 else sizes[int(torch.randint(len(sizes), ()))]
+        return x if size == x.shape[2] else F.interpolate(x, size=size, mode="bicubic").detach()
+
+    def _between(self) -> list[nn.Module]:
+        return [self.quantize, *super()._between()]
+
+    def configure_optimizers(self) -> Any:
+        optimizers, schedulers = super().configure_optimizers()
+        for group in optimizers[0].param_groups:
+            group["lr"] *= self.lr_g_factor
+            if "initial_lr" in group:
+                group["initial_lr"] *= self.lr_g_factor
+        for scheduler in schedulers[:1]:
+            scheduler["scheduler"].base_lrs = [g["initial_lr"] for g in optimizers[0].param_groups]
+        return optimizers, schedulers
+
+    def generator_loss(self, batch: dict[str, Any]) -> Losses:
+        x = self.get_input(batch, self.image_key)
+        reconstructions, quant_loss, indices = self(x, return_pred_indices=True)
+        loss, logs = self.loss(quant_loss, x, reconstructions, 0, self.updates, last_layer=self.get_last_layer())
+        logs = _unprefixed(logs)
+        logs["perplexity"], usage = measure_perplexity(indices, self.n_embed)
+        logs["cluster_usage"] = usage.float()
+        if not self.training:
+            self._count(indices)
+        return loss, logs
+
+    def discriminator_loss(self, batch: dict[str, Any]) -> Losses:
+        x = self.get_input(batch, self.image_key)
+        with torch.no_grad():
+            reconstructions, quant_loss = self(x)
+        loss, logs = self.loss(quant_loss, x, reconstructions, 1, self.updates)
+        return loss, _unprefixed(logs)
+
+    def _count(self, indices: Tensor) -> None:
+        if self._code_counts is None:
+            self._code_counts = torch.zeros(self.n_embed, device=indices.device)
+        ones = torch.ones(indices.numel(), device=indices.device)
+        self._code_counts.scatter_add_(0, indices.flatten(), ones)
+
+    def on_validation_epoch_start(self) -> None:
+        self._code_counts = None
+
+    def on_validation_epoch_end(self) -> None:
+        if self._code_counts is None:
+            return
+        usage = (self._code_counts > 0).float().mean()
+        codes_seen = float(self._code_counts.sum())
+        self._code_counts = None
+        self.log("val/codebook_usage", usage, sync_dist=True)
+        if float(usage) < 0.05 and codes_seen >= self.n_embed and not self.trainer.sanity_checking:
+            rank_zero_warn(
+                f"codebook collapse: {float(usage):.1%} of {self.n_embed} codes are in use. A smaller n_embed or "
+                "embed_dim, a lower learning rate or a later disc_start help"
+            )
+
+    @torch.no_grad()
+    def log_images(
+        self, batch: dict[str, Any], n: int = 8, only_inputs: bool = False, plot_ema: bool = True, **_: Any
+    ) -> dict[str, Tensor]:
+        """inputs, reconstructions, and reconstructions_ema of the averaged weights."""
+        x = self.get_input(batch, self.image_key)[:n]
+        images = {"inputs": self.to_rgb(x)}
+        if only_inputs:
+            return images
+        images["reconstructions"] = self.to_rgb(self(x)[0]).clamp(-1, 1)
+        if plot_ema and self.use_ema:
+            with self.ema_scope():
+                images["reconstructions_ema"] = self.to_rgb(self(x)[0]).clamp(-1, 1)
+        return images
+
+
+class VQModelInterface(VQModel):
+    """VQModel as a first stage: its latents are the continuous ones, quantised only on the way back."""
+
+    def __init__(self, embed_dim: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, embed_dim=embed_dim, **kwargs)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] in [-1, 1] -> continuous latents [B, embed_dim, h, w]."""
+        return self.encode_to_prequant(x)
+
+    def decode(self, h: Tensor, force_not_quantize: bool = False) -> Tensor:
+        """Continuous latents -> images [B, C, H, W]; `force_not_quantize` decodes them as they are."""
+        return super().decode(h if force_not_quantize else self.quantize(h)[0])
+
+
+class IdentityFirstStage(nn.Module):
+    """The first stage of a diffusion model in pixel space.
+
+    Args:
+        vq_interface: `quantize` answers as a VQ model does.
+    """
+
+    def __init__(self, vq_interface: bool = False) -> None:
+        super().__init__()
+        self.vq_interface = vq_interface
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+    def quantize(self, x: Tensor) -> Any:
+        return (x, None, [None, None, None]) if self.vq_interface else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x

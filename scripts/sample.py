@@ -1,0 +1,118 @@
+"""Draws pictures with any generative run of this project.
+
+python scripts/sample.py -r logs/<run> -n 16
+python scripts/sample.py -r logs/<run> -n 4 --class 7 --scale 3 --steps 50 --sampler ddim --seed 1
+python scripts/sample.py --like outputs/samples/00000.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts import common  # noqa: E402
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("-r", "--run", metavar="RUN", help="run directory (logs/<run>) or checkpoint file")
+    add("-n", "--n_samples", "--n-samples", type=int, default=None, help="how many pictures (default: 16)")
+    add("--class", dest="class_label", default=None, help="class by number or name (default: all in turn)")
+    add("--prompt", default=None, help="text, for text-to-image models")
+    add("--negative-prompt", default=None, help="what the picture should not show")
+    add("--scale", type=float, default=None, help="classifier-free guidance scale (1: off)")
+    add("--steps", type=int, default=None, help="sampler steps, 1..1000")
+    add("--sampler", default=None, help="ddpm, ddim, plms, euler, heun, dpmpp_2m, unipc, ...")
+    add("--grid", default=None, help="time grid: official, trailing, karras, exponential, ...")
+    add("--eta", type=float, default=None, help="noise of ddim: 0 none, 1 as DDPM")
+    add("--seed", type=int, default=None, help="seed of the first picture; picture i has seed + i (default: 0)")
+    add(
+        "--weights",
+        choices=("ema", "raw"),
+        default=None,
+        help="averaged or last weights (default: ema where there are)",
+    )
+    add("--set", nargs="+", default=[], metavar="KNOB=VALUE", help="any other knob of the model's sample()")
+    add("--outdir", default="outputs/samples", help="where the PNG files go (default: outputs/samples)")
+    add("--batch-size", type=int, default=64, help="pictures per network call")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--like", metavar="PNG", default=None, help="make this picture again; other flags change its settings")
+    return parser
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The command line over the settings of `--like`."""
+    from ldm.generate import read_settings
+
+    keys = ("run", "class_label", "prompt", "negative_prompt", "weights", "seed", "n_samples")
+    old = read_settings(args.like) if args.like else {}
+    if args.like:
+        old["n_samples"] = 1
+    settings = {k: getattr(args, k) if getattr(args, k) is not None else old.get(k) for k in keys}
+    knobs = {k: getattr(args, k) for k in ("scale", "steps", "sampler", "grid", "eta")}
+    knobs |= common.parse_settings(args.set)
+    settings["knobs"] = {**old.get("knobs", {}), **{k: v for k, v in knobs.items() if v is not None}}
+    settings["sha256"] = old.get("sha256") if not args.run else None
+    return settings
+
+
+def draw(args: argparse.Namespace) -> None:
+    from ldm import generate
+    from ldm.util import UserError, image_grid
+
+    settings = settings_of(args)
+    if not settings["run"]:
+        raise UserError("which run? give -r logs/<run> (or --like picture.png)")
+    count = 16 if settings["n_samples"] is None else settings["n_samples"]
+    if count < 1:
+        raise UserError(f"-n {count}: expected at least 1")
+    first = settings["seed"] or 0
+    model, info = generate.load_run(settings["run"])
+    if settings["sha256"] not in (None, info["sha256"]):
+        print(f"note: {info['checkpoint']} has changed since {args.like} was made")
+    model.to(generate.pick_device(args.device))
+    knobs = generate.check_knobs(model, settings["knobs"])
+    scope, weights = generate.weights_scope(model, settings["weights"])
+    print(f"{info['checkpoint']}, weights: {weights}")
+    record = {**settings, "knobs": knobs, "weights": weights, "sha256": info["sha256"], **generate.versions()}
+    outdir, images = Path(args.outdir), []
+    with scope:
+        for seeds in generate.batches(range(first, first + count), args.batch_size):
+            cond = condition(model, settings, seeds)
+            with common.progress(model, knobs) as callback:
+                x = model.sample(cond, seeds=seeds, **knobs, **callback)
+            images.append(x.float().cpu())
+            for seed, picture in zip(seeds, generate.pictures(x, info["checkpoint"]), strict=True):
+                path = common.free_name(outdir, seed)
+                generate.save_png(picture, path, {**record, "seed": seed, "n_samples": 1})
+    import torch
+
+    grid = image_grid(torch.cat(images), nrow=max(1, round(count**0.5)))
+    path = common.free_name(outdir, None)
+    generate.save_png(
+        generate.pictures(grid[None], info["checkpoint"])[0], path, {**record, "seed": first, "n_samples": count}
+    )
+    print(f"{count} pictures in {outdir}, together in {path}")
+
+
+def condition(model: Any, settings: dict[str, Any], seeds: list[int]) -> Any:
+    from ldm.generate import class_index
+
+    label, prompt = settings["class_label"], settings["prompt"]
+    return model.condition(
+        seeds,
+        classes=None if label is None else [class_index(model, str(label))] * len(seeds),
+        prompts=None if prompt is None else [prompt] * len(seeds),
+        negative_prompt=settings["negative_prompt"],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(common.main(build_parser(), draw))

@@ -1,0 +1,264 @@
+"""Every bad input gets one message that says what to do, and exit code 2; nothing already made is lost."""
+
+import errno
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm import checkpoint
+from tests.cli.tools import DIGITS, QUICK, config, only_run, run_main
+
+
+def fails(capsys, *argv, code=2):
+    assert run_main(*argv) == code
+    err = capsys.readouterr().err
+    message = err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert "Traceback" not in err
+    return message
+
+
+def train(tmp_path, *argv):
+    return ["-t", "-b", config(DIGITS), "-l", tmp_path / "logs", "--max_steps", 2, *QUICK, *argv]
+
+
+def test_no_config(capsys):
+    assert "-b" in fails(capsys, "-t")
+
+
+def test_missing_yaml(capsys):
+    message = fails(capsys, "-t", "-b", config("configs/classifier/resnet_digit.yaml"))
+    assert "resnet_digit.yaml does not exist" in message and "did you mean" in message
+
+
+def test_yaml_that_is_none(capsys, tmp_path):
+    (tmp_path / "a.yaml").write_text("model: [1, 2\n")
+    assert "a.yaml" in fails(capsys, "-t", "-b", tmp_path / "a.yaml")
+
+
+@pytest.mark.smoke
+def test_unknown_parameter_names_key_file_and_neighbour(capsys, tmp_path):
+    yaml = tmp_path / "more.yaml"
+    yaml.write_text("model:\n  params:\n    optimiser_config: {target: torch.optim.SGD}\n")
+    message = fails(capsys, "-t", "-b", config(DIGITS), yaml, "-l", tmp_path)
+    assert "model.params.optimiser_config" in message
+    assert "did you mean optimizer_config?" in message
+    assert str(yaml) in message
+
+
+def test_unknown_parameter_on_the_command_line(capsys, tmp_path):
+    message = fails(capsys, *train(tmp_path, "model.params.network_config.params.widht=2"))
+    assert "model.params.network_config.params.widht" in message and "the command line" in message
+
+
+def test_unknown_section(capsys, tmp_path):
+    assert "did you mean model?" in fails(capsys, *train(tmp_path, "modle.params.x=1"))
+
+
+def test_unknown_key_beside_target(capsys, tmp_path):
+    assert "model.parms" in fails(capsys, *train(tmp_path, "model.parms.x=1"))
+
+
+def test_unknown_target(capsys, tmp_path):
+    message = fails(capsys, *train(tmp_path, "model.target=ldm.models.classifier.Clasifier"))
+    assert "model.target" in message and "did you mean ldm.models.classifier.Classifier?" in message
+
+
+@pytest.mark.parametrize(
+    "target", ["os.system", "subprocess.run", "torch.hub.load", "builtins.eval", "ldm.util.importlib"]
+)
+def test_target_outside_the_allow_list(capsys, tmp_path, target):
+    message = fails(capsys, *train(tmp_path, f"model.target={target}"))
+    assert target in message and "model.target" in message
+
+
+def test_wrong_type(capsys, tmp_path):
+    message = fails(capsys, *train(tmp_path, "data.params.batch_size=many"))
+    assert "data.params.batch_size" in message and "'many'" in message and "int" in message
+
+
+def test_dashes_before_a_config_key(capsys, tmp_path):
+    message = fails(capsys, *train(tmp_path, "--model.learning_rate", "0.1"))
+    assert "model.learning_rate=0.1" in message
+
+
+def test_misspelt_flag(capsys, tmp_path):
+    assert "did you mean max_steps?" in fails(capsys, *train(tmp_path, "--max_step", "3"))
+
+
+def test_misspelt_trainer_key(capsys, tmp_path):
+    message = fails(capsys, *train(tmp_path, "lightning.trainer.max_stebs=3"))
+    assert "lightning.trainer.max_stebs" in message and "max_steps" in message
+
+
+def test_name_with_resume(capsys, tmp_path):
+    assert "--init-from" in fails(capsys, "-t", "-r", tmp_path, "-n", "x")
+
+
+def test_missing_run(capsys, tmp_path):
+    assert "does not exist" in fails(capsys, "-t", "-r", tmp_path / "nowhere")
+
+
+def test_missing_checkpoint(capsys, tmp_path):
+    message = fails(capsys, *train(tmp_path, "--init-from", tmp_path / "no.ckpt"))
+    assert "no.ckpt does not exist" in message
+
+
+def test_checkpoint_of_another_model(capsys, tmp_path):
+    torch.save({"state_dict": {f"layer{i}.weight": torch.zeros(2) for i in range(9)}}, tmp_path / "other.ckpt")
+    message = fails(capsys, *train(tmp_path, "--init-from", tmp_path / "other.ckpt"))
+    assert "9 unexpected (first: layer0.weight, layer1.weight" in message and "missing (first: " in message
+
+
+def test_resume_from_weights_only(capsys, tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/configs").mkdir()
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "run/checkpoints/last.ckpt")
+    message = fails(capsys, "-t", "-b", config(DIGITS), "-r", tmp_path / "run")
+    assert "--init-from" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-LFS"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
+        (b"model:\n  target: x\n", "text file"),
+        (b"", "empty"),
+        (b"PK\x03\x04" + bytes(range(256)), "damaged"),
+    ],
+)
+def test_what_is_no_checkpoint(capsys, tmp_path, content, word):
+    path = tmp_path / "w.ckpt"
+    path.write_bytes(content)
+    assert word in fails(capsys, *train(tmp_path, "--init-from", path))
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("how", ["zip", "old", "pickle"])
+def test_a_pickle_that_would_run_code_does_not(capsys, tmp_path, how):
+    path, bomb = tmp_path / "w.ckpt", {"state_dict": {"a": torch.zeros(1)}, "x": Bomb(tmp_path / "exploded")}
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(bomb))
+    else:
+        torch.save(bomb, path, _use_new_zipfile_serialization=how == "zip")
+    assert "mkdir" in fails(capsys, *train(tmp_path, "--init-from", path))
+    assert not (tmp_path / "exploded").exists()
+
+
+def folder(tmp_path, *argv):
+    yaml = config("configs/classifier/folder.yaml")
+    return [
+        "-t",
+        "-b",
+        yaml,
+        "-l",
+        tmp_path / "logs",
+        "--max_steps",
+        2,
+        *QUICK,
+        f"data.params.root={tmp_path}/images",
+        *argv,
+    ]
+
+
+def test_empty_folder(capsys, tmp_path):
+    (tmp_path / "images").mkdir()
+    assert str(tmp_path / "images") in fails(capsys, *folder(tmp_path))
+
+
+def test_missing_folder(capsys, tmp_path):
+    assert "images" in fails(capsys, *folder(tmp_path))
+
+
+def test_caption_without_image(capsys, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "images/a.png")
+    (tmp_path / "images/metadata.jsonl").write_text('{"file_name": "b.png", "text": "a ship"}\n')
+    assert "b.png" in fails(capsys, *folder(tmp_path))
+
+
+def test_label_out_of_range(capsys, tmp_path):
+    message = fails(capsys, *train(tmp_path, "model.params.network_config.params.num_classes=5"))
+    assert "label" in message and "5" in message
+
+
+def test_nan_loss_stops_and_keeps_the_good_checkpoint(capsys, tmp_path):
+    assert run_main(*train(tmp_path, "--no-test")) == 0
+    run = only_run(tmp_path / "logs")
+    good = (run / "checkpoints/last.ckpt").read_bytes()
+    message = fails(capsys, "-t", "-r", run, "--max_steps", 6, "model.learning_rate=1e30", "--no-test")
+    assert "not finite at step" in message and "batch" in message
+    assert (run / "checkpoints/last.ckpt").read_bytes() == good
+
+
+def test_full_disk_keeps_the_last_good_file(capsys, tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    checkpoint.save_atomic({"a": torch.ones(3)}, path)
+    good = path.read_bytes()
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save_atomic({"a": torch.zeros(3)}, path)
+    assert path.read_bytes() == good
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    assert "No space left" in fails(capsys, *train(tmp_path), code=1)
+
+
+def test_no_test_set_is_one_line(capsys, tmp_path):
+    assert run_main(*train(tmp_path, "data.params.test=null")) == 0
+    assert (only_run(tmp_path / "logs") / "checkpoints/last.ckpt").is_file()
+
+
+def test_monitor_that_is_never_logged(capsys, tmp_path):
+    every = ["lightning.trainer.val_check_interval=2", "lightning.trainer.check_val_every_n_epoch=null"]
+    message = fails(capsys, *train(tmp_path, "model.params.monitor=val/lss", *every))
+    assert "val/lss" in message and "did you mean val/loss?" in message
+    assert (only_run(tmp_path / "logs") / "checkpoints/last.ckpt").is_file()
+
+
+def test_no_validation_set_keeps_the_last_checkpoint(tmp_path):
+    assert run_main(*train(tmp_path, "data.params.validation=null", "--no-test")) == 0
+    assert (only_run(tmp_path / "logs") / "checkpoints/last.ckpt").is_file()
+
+
+def test_test_only_without_weights(capsys, tmp_path):
+    assert "-r" in fails(capsys, "-b", config(DIGITS), "-l", tmp_path)
+
+
+def test_the_platform_has_no_such_signal(monkeypatch, tmp_path):
+    import signal
+
+    from ldm.callbacks import RunDirectory, Signals
+
+    monkeypatch.delattr(signal, "SIGUSR1")
+    callback = Signals(RunDirectory(tmp_path, "now", "", ""))
+    before = signal.getsignal(signal.SIGINT)
+    callback.setup(None, None, "fit")
+    assert signal.getsignal(signal.SIGINT) != before
+    callback.teardown(None, None, "fit")
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_windows_paths(tmp_path):
+    from pathlib import PureWindowsPath
+
+    from ldm.config import Merged
+
+    merged = Merged()
+    merged.add_dotlist([r"data.params.root=C:\Users\me\pictures"])
+    assert PureWindowsPath(merged.config.data.params.root) == PureWindowsPath("C:/Users/me/pictures")
