@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any
 
+
+def _rows(old: str, new: str, names: str) -> dict[str, str]:
+    """One row a name: `old.Name` -> `new.Name` (`Old=New` where the class has another name here)."""
+    pairs = (name.partition("=") for name in names.split())
+    return {f"{old}.{name}": f"{new}.{other or name}" for name, _, other in pairs}
+
+
 # official dotted path -> where the code lives now
 TARGETS: dict[str, str] = {
     "main.DataModuleFromConfig": "ldm.data.datamodule.DataModuleFromConfig",
@@ -12,85 +19,83 @@ TARGETS: dict[str, str] = {
     "main.SetupCallback": "ldm.callbacks.RunDirectory",
     "main.CUDACallback": "ldm.callbacks.Throughput",
     "main.LearningRateMonitor": "lightning.pytorch.callbacks.LearningRateMonitor",
-    "pytorch_lightning.callbacks.ModelCheckpoint": "lightning.pytorch.callbacks.ModelCheckpoint",
-    "pytorch_lightning.callbacks.LearningRateMonitor": "lightning.pytorch.callbacks.LearningRateMonitor",
-    "pytorch_lightning.loggers.TensorBoardLogger": "lightning.pytorch.loggers.TensorBoardLogger",
     "pytorch_lightning.loggers.TestTubeLogger": "lightning.pytorch.loggers.TensorBoardLogger",
-    "pytorch_lightning.loggers.WandbLogger": "lightning.pytorch.loggers.WandbLogger",
-    "pytorch_lightning.loggers.CSVLogger": "lightning.pytorch.loggers.CSVLogger",
-    "pytorch_lightning.strategies.DDPStrategy": "lightning.pytorch.strategies.DDPStrategy",
-    # autoencoders
-    "ldm.modules.diffusionmodules.model.Encoder": "ldm.modules.autoencoder.Encoder",
-    "ldm.modules.diffusionmodules.model.Decoder": "ldm.modules.autoencoder.Decoder",
-    "ldm.modules.diffusionmodules.model.Model": "ldm.modules.autoencoder.Model",
-    "ldm.modules.diffusionmodules.model.ResnetBlock": "ldm.modules.autoencoder.ResnetBlock",
-    "ldm.modules.diffusionmodules.model.AttnBlock": "ldm.modules.autoencoder.AttnBlock",
-    "ldm.modules.diffusionmodules.model.Upsample": "ldm.modules.autoencoder.Upsample",
-    "ldm.modules.diffusionmodules.model.Downsample": "ldm.modules.autoencoder.Downsample",
-    "ldm.modules.diffusionmodules.model.Normalize": "ldm.modules.autoencoder.Normalize",
-    "ldm.modules.diffusionmodules.model.get_timestep_embedding": "ldm.modules.autoencoder.get_timestep_embedding",
-    "ldm.modules.diffusionmodules.model.LinAttnBlock": "ldm.modules.autoencoder.LinAttnBlock",
-    "ldm.modules.diffusionmodules.model.make_attn": "ldm.modules.autoencoder.make_attn",
-    "ldm.modules.diffusionmodules.model.Upsampler": "ldm.modules.rescale.Upsampler",
-    "ldm.modules.diffusionmodules.model.Resize": "ldm.modules.rescale.Resize",
-    "ldm.modules.diffusionmodules.model.LatentRescaler": "ldm.modules.rescale.LatentRescaler",
-    "ldm.modules.diffusionmodules.model.MergedRescaleEncoder": "ldm.modules.rescale.MergedRescaleEncoder",
-    "ldm.modules.diffusionmodules.model.MergedRescaleDecoder": "ldm.modules.rescale.MergedRescaleDecoder",
-    "ldm.modules.diffusionmodules.model.FirstStagePostProcessor": "ldm.modules.rescale.FirstStagePostProcessor",
-    "ldm.modules.diffusionmodules.model.SimpleDecoder": "ldm.modules.rescale.SimpleDecoder",
-    "ldm.modules.diffusionmodules.model.UpsampleDecoder": "ldm.modules.rescale.UpsampleDecoder",
-    "taming.modules.diffusionmodules.model.Encoder": "ldm.modules.autoencoder.Encoder",
-    "taming.modules.diffusionmodules.model.Decoder": "ldm.modules.autoencoder.Decoder",
-    "taming.modules.diffusionmodules.model.Model": "ldm.modules.autoencoder.Model",
-    "taming.modules.diffusionmodules.model.ResnetBlock": "ldm.modules.autoencoder.ResnetBlock",
-    "taming.modules.diffusionmodules.model.AttnBlock": "ldm.modules.autoencoder.AttnBlock",
-    "taming.modules.diffusionmodules.model.Upsample": "ldm.modules.autoencoder.Upsample",
-    "taming.modules.diffusionmodules.model.Downsample": "ldm.modules.autoencoder.Downsample",
-    "taming.modules.diffusionmodules.model.Normalize": "ldm.modules.autoencoder.Normalize",
-    "taming.modules.diffusionmodules.model.get_timestep_embedding": "ldm.modules.autoencoder.get_timestep_embedding",
-    "sgm.modules.diffusionmodules.model.Encoder": "ldm.modules.autoencoder.Encoder",
-    "sgm.modules.diffusionmodules.model.Decoder": "ldm.modules.autoencoder.Decoder",
-    "sgm.modules.diffusionmodules.model.Model": "ldm.modules.autoencoder.Model",
-    "sgm.modules.diffusionmodules.model.ResnetBlock": "ldm.modules.autoencoder.ResnetBlock",
-    "sgm.modules.diffusionmodules.model.AttnBlock": "ldm.modules.autoencoder.AttnBlock",
-    "sgm.modules.diffusionmodules.model.Upsample": "ldm.modules.autoencoder.Upsample",
-    "sgm.modules.diffusionmodules.model.Downsample": "ldm.modules.autoencoder.Downsample",
-    "sgm.modules.diffusionmodules.model.Normalize": "ldm.modules.autoencoder.Normalize",
-    "sgm.modules.diffusionmodules.model.get_timestep_embedding": "ldm.modules.autoencoder.get_timestep_embedding",
-    "sgm.modules.diffusionmodules.model.LinAttnBlock": "ldm.modules.autoencoder.LinAttnBlock",
-    "sgm.modules.diffusionmodules.model.make_attn": "ldm.modules.autoencoder.make_attn",
-    "ldm.modules.distributions.distributions.DiagonalGaussianDistribution": "ldm.modules.distributions.DiagonalGaussianDistribution",
-    "ldm.modules.distributions.distributions.DiracDistribution": "ldm.modules.distributions.DiracDistribution",
-    "ldm.modules.distributions.distributions.normal_kl": "ldm.modules.distributions.normal_kl",
-    "sgm.modules.distributions.distributions.DiagonalGaussianDistribution": "ldm.modules.distributions.DiagonalGaussianDistribution",
-    "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator": "ldm.modules.losses.LPIPSWithDiscriminator",
-    "ldm.modules.losses.contperceptual.DummyLoss": "ldm.modules.losses.DummyLoss",
-    "ldm.modules.losses.contperceptual.adopt_weight": "ldm.modules.losses.adopt_weight",
-    "ldm.modules.losses.contperceptual.hinge_d_loss": "ldm.modules.losses.hinge_d_loss",
-    "ldm.modules.losses.contperceptual.vanilla_d_loss": "ldm.modules.losses.vanilla_d_loss",
-    "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": "ldm.modules.losses.VQLPIPSWithDiscriminator",
-    "ldm.modules.losses.vqperceptual.hinge_d_loss_with_exemplar_weights": "ldm.modules.losses.hinge_d_loss_with_exemplar_weights",
-    "ldm.modules.losses.vqperceptual.measure_perplexity": "ldm.modules.losses.measure_perplexity",
-    "ldm.modules.losses.vqperceptual.adopt_weight": "ldm.modules.losses.adopt_weight",
-    "ldm.modules.losses.vqperceptual.hinge_d_loss": "ldm.modules.losses.hinge_d_loss",
-    "ldm.modules.losses.vqperceptual.vanilla_d_loss": "ldm.modules.losses.vanilla_d_loss",
-    "ldm.modules.losses.vqperceptual.l1": "ldm.modules.losses.l1",
-    "ldm.modules.losses.vqperceptual.l2": "ldm.modules.losses.l2",
-    "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": "ldm.modules.losses.VQLPIPSWithDiscriminator",
-    "taming.modules.losses.vqperceptual.DummyLoss": "ldm.modules.losses.DummyLoss",
-    "taming.modules.losses.vqperceptual.adopt_weight": "ldm.modules.losses.adopt_weight",
-    "taming.modules.losses.vqperceptual.hinge_d_loss": "ldm.modules.losses.hinge_d_loss",
-    "taming.modules.losses.vqperceptual.vanilla_d_loss": "ldm.modules.losses.vanilla_d_loss",
-    "taming.modules.losses.DummyLoss": "ldm.modules.losses.DummyLoss",
-    "taming.modules.losses.lpips.LPIPS": "ldm.modules.lpips.LPIPS",
-    "taming.modules.losses.segmentation.BCELossWithQuant": "ldm.modules.losses.BCELossWithQuant",
-    "taming.modules.discriminator.model.NLayerDiscriminator": "ldm.modules.discriminator.NLayerDiscriminator",
-    "taming.modules.discriminator.model.weights_init": "ldm.modules.discriminator.weights_init",
-    "taming.modules.util.ActNorm": "ldm.modules.discriminator.ActNorm",
-    "taming.modules.vqvae.quantize.VectorQuantizer2": "ldm.modules.quantize.VectorQuantizer2",
-    "taming.models.vqgan.VQModel": "ldm.models.autoencoder.VQModel",
-    "sgm.models.autoencoder.AutoencoderKL": "ldm.models.autoencoder.AutoencoderKL",
-    "sgm.models.autoencoder.IdentityFirstStage": "ldm.models.autoencoder.IdentityFirstStage",
+    **_rows("pytorch_lightning.loggers", "lightning.pytorch.loggers", "TensorBoardLogger WandbLogger CSVLogger"),
+    **_rows(
+        "pytorch_lightning.callbacks",
+        "lightning.pytorch.callbacks",
+        "ModelCheckpoint LearningRateMonitor EarlyStopping",
+    ),
+    **_rows("pytorch_lightning.strategies", "lightning.pytorch.strategies", "DDPStrategy"),
+    # U-Net
+    **_rows("ldm.modules.diffusionmodules.openaimodel", "ldm.modules.unet", "UNetModel EncoderUNetModel"),
+    **_rows("ldm.modules.diffusionmodules.openaimodel", "ldm.modules.unet_blocks", "TimestepEmbedSequential"),
+    **_rows("ldm.modules.diffusionmodules.openaimodel", "ldm.modules.layers", "ResBlock Upsample Downsample"),
+    **_rows(
+        "ldm.modules.diffusionmodules.openaimodel",
+        "ldm.modules.attention",
+        "AttentionBlock QKVAttention QKVAttentionLegacy AttentionPool2d",
+    ),
+    **_rows(
+        "ldm.modules.diffusionmodules.util",
+        "ldm.modules.layers",
+        "timestep_embedding checkpoint conv_nd avg_pool_nd zero_module normalization GroupNorm32",
+    ),
+    **_rows("ldm.modules.diffusionmodules.util", "ldm.modules.conditioners", "HybridConditioner"),
+    **_rows("ldm.modules.diffusionmodules.util", "ldm.diffusion.schedule", "make_beta_schedule"),
+    **_rows("sgm.modules.diffusionmodules.openaimodel", "ldm.modules.unet", "UNetModel=SpatialUNetModel"),
+    # samplers
+    "ldm.models.diffusion.ddim.DDIMSampler": "ldm.diffusion.official.DDIMSampler",
+    "ldm.models.diffusion.plms.PLMSSampler": "ldm.diffusion.official.PLMSSampler",
+    "ldm.models.diffusion.dpm_solver.DPMSolverSampler": "ldm.diffusion.official.DPMSolverSampler",
+    "ldm.models.diffusion.dpm_solver.sampler.DPMSolverSampler": "ldm.diffusion.official.DPMSolverSampler",
+    # autoencoders and their losses
+    **_rows(
+        "ldm.modules.diffusionmodules.model",
+        "ldm.modules.autoencoder",
+        "Encoder Decoder Model ResnetBlock AttnBlock make_attn",
+    ),
+    **_rows(
+        "ldm.modules.diffusionmodules.model",
+        "ldm.modules.rescale",
+        "LatentRescaler MergedRescaleEncoder MergedRescaleDecoder Upsampler Resize SimpleDecoder UpsampleDecoder "
+        "FirstStagePostProcessor",
+    ),
+    **_rows(
+        "ldm.modules.distributions.distributions",
+        "ldm.modules.distributions",
+        "DiagonalGaussianDistribution DiracDistribution normal_kl",
+    ),
+    **_rows("ldm.modules.losses.contperceptual", "ldm.modules.losses", "LPIPSWithDiscriminator DummyLoss"),
+    **_rows("ldm.modules.losses.vqperceptual", "ldm.modules.losses", "VQLPIPSWithDiscriminator"),
+    **_rows("taming.modules.losses", "ldm.modules.losses", "DummyLoss"),
+    **_rows("taming.modules.losses.lpips", "ldm.modules.lpips", "LPIPS"),
+    **_rows("taming.modules.losses.segmentation", "ldm.modules.losses", "BCELossWithQuant"),
+    **_rows("taming.modules.discriminator.model", "ldm.modules.discriminator", "NLayerDiscriminator weights_init"),
+    **_rows(
+        "taming.modules.vqvae.quantize", "ldm.modules.quantize", "VectorQuantizer2 VectorQuantizer=VectorQuantizer2"
+    ),
+    **_rows("taming.models.vqgan", "ldm.models.autoencoder", "VQModel"),
+    **_rows("sgm.models.autoencoder", "ldm.models.autoencoder", "AutoencoderKL IdentityFirstStage"),
+    # conditioners
+    **_rows("ldm.modules.encoders.modules", "ldm.modules.conditioners", "ClassEmbedder SpatialRescaler"),
+    **_rows(
+        "ldm.modules.encoders.modules",
+        "ldm.modules.text_embedders",
+        "TransformerEmbedder BERTTokenizer BERTEmbedder FrozenCLIPEmbedder FrozenCLIPTextEmbedder "
+        "FrozenClipImageEmbedder FrozenOpenCLIPEmbedder",
+    ),
+    "sgm.modules.GeneralConditioner": "ldm.modules.conditioners.GeneralConditioner",
+    **_rows(
+        "sgm.modules.encoders.modules",
+        "ldm.modules.conditioners",
+        "GeneralConditioner ConcatTimestepEmbedderND SpatialRescaler ClassEmbedder=LabelEmbedder",
+    ),
+    **_rows(
+        "sgm.modules.encoders.modules",
+        "ldm.modules.text_embedders",
+        "FrozenCLIPEmbedder FrozenOpenCLIPEmbedder FrozenOpenCLIPEmbedder2",
+    ),
 }
 
 LEGACY_PACKAGES = ("main", "taming", "sgm", "pytorch_lightning", "training", "torch_utils", "cutlit")

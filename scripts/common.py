@@ -61,7 +61,11 @@ def progress(model: Any, knobs: dict[str, Any], **extra: Any) -> Iterator[dict[s
         return
     total = knobs.get("steps") or getattr(parameters.get("steps"), "default", None)
     with tqdm(total=total if isinstance(total, int) else None, desc="sampling", unit="step", leave=False) as bar:
-        yield {"callback": lambda *args, **kwargs: bar.update()}
+
+        def step(*args: Any, **kwargs: Any) -> None:  # a true result would stop the sampler
+            bar.update()
+
+        yield {"callback": step}
 
 
 def free_name(outdir: Path, seed: int | None) -> Path:

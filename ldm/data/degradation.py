@@ -159,11 +159,11 @@ def add_jpeg(x: np.ndarray, rng: np.random.Generator, factor: int, strength: Str
 
 
 def _downsample(x: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """nearest, bilinear, bicubic, or down and up again on the way; one of the four."""
+    """nearest, bilinear, bicubic, or first to a random size on the way or beyond it; one of the four."""
     way = int(rng.integers(4))
     if way == 3:
-        part = rng.uniform(0.5, 1.0)
-        middle = tuple(max(1, round(s + (n - s) * part * 0.5)) for s, n in zip(size, x.shape[:2], strict=True))
+        part = rng.uniform(0.5, max(0.5, x.shape[0] / size[0]))
+        middle = (max(1, round(size[0] * part)), max(1, round(size[1] * part)))
         x = resize_cv(x, middle, "bilinear" if rng.random() < 0.5 else "bicubic")
         way = int(rng.integers(1, 3))
     return np.clip(resize_cv(x, size, ("nearest", "bilinear", "bicubic")[way]), 0, 255)

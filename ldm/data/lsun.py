@@ -44,27 +44,27 @@ class LSUNBase(FileList):
 
 
 class LSUNChurchesTrain(LSUNBase):
-    list_file, folder, split = "lsun/church_outdoor_train.txt", "lsun/churches", "train"
+    lists = {"train": "lsun/church_outdoor_train.txt", "validation": "lsun/church_outdoor_val.txt"}
+    folder, split = "lsun/churches", "train"
 
 
-class LSUNChurchesValidation(LSUNBase):
-    list_file, folder, split = "lsun/church_outdoor_val.txt", "lsun/churches", "validation"
-    default_flip = 0.0
+class LSUNChurchesValidation(LSUNChurchesTrain):
+    split, default_flip = "validation", 0.0
 
 
 class LSUNBedroomsTrain(LSUNBase):
-    list_file, folder, split = "lsun/bedrooms_train.txt", "lsun/bedrooms", "train"
+    lists = {"train": "lsun/bedrooms_train.txt", "validation": "lsun/bedrooms_val.txt"}
+    folder, split = "lsun/bedrooms", "train"
 
 
-class LSUNBedroomsValidation(LSUNBase):
-    list_file, folder, split = "lsun/bedrooms_val.txt", "lsun/bedrooms", "validation"
-    default_flip = 0.0
+class LSUNBedroomsValidation(LSUNBedroomsTrain):
+    split, default_flip = "validation", 0.0
 
 
 class LSUNCatsTrain(LSUNBase):
-    list_file, folder, split = "lsun/cat_train.txt", "lsun/cats", "train"
+    lists = {"train": "lsun/cat_train.txt", "validation": "lsun/cat_val.txt"}
+    folder, split = "lsun/cats", "train"
 
 
-class LSUNCatsValidation(LSUNBase):
-    list_file, folder, split = "lsun/cat_val.txt", "lsun/cats", "validation"
-    default_flip = 0.0
+class LSUNCatsValidation(LSUNCatsTrain):
+    split, default_flip = "validation", 0.0

@@ -60,7 +60,7 @@ class DDIMSampler(_OfficialSampler):
     def make_schedule(
         self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
     ) -> None:
-        """Sets the official attributes ddim_timesteps, ddim_alphas, ddim_alphas_prev, ddim_sigmas, ..., each [steps]."""
+        """Sets the official tables: ddim_timesteps, ddim_alphas, ddim_alphas_prev, ddim_sigmas, ..., each [steps]."""
         self.ddim_eta = ddim_eta
         self.grid = make_grid(ddim_discretize, self.path, ddim_num_steps)
         abar = self.model.alphas_cumprod.detach().cpu().numpy()

@@ -134,7 +134,7 @@ class BaseModel(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss, logs = self.shared_step(batch)
-        self.log_dict({f"train/{k}": v.detach() for k, v in logs.items()}, batch_size=self._size(batch))
+        self.log_dict({f"train/{_bare(k)}": v.detach() for k, v in logs.items()}, batch_size=self._size(batch))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -149,7 +149,7 @@ class BaseModel(pl.LightningModule):
             with self.ema_scope():
                 _, averaged = self.shared_step(batch)
             logs = {**logs, **{f"{k}_ema": v for k, v in averaged.items()}}
-        self.log_dict({f"{split}/{k}": v for k, v in logs.items()}, batch_size=self._size(batch), sync_dist=True)
+        self.log_dict({f"{split}/{_bare(k)}": v for k, v in logs.items()}, batch_size=self._size(batch), sync_dist=True)
 
     @staticmethod
     def _size(batch: dict[str, Any]) -> int:
@@ -212,3 +212,8 @@ class BaseModel(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.class_names = checkpoint.get("class_names")
+
+
+def _bare(name: str) -> str:
+    """A log name without the split that official `shared_step`s put before it."""
+    return name.rpartition("/")[2]

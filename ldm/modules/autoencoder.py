@@ -405,7 +405,7 @@ class Model(nn.Module):
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """x [B, C, H, W], t [B], context [B, C', H, W] to be stacked under x (C + C' = in_channels) -> [B, out_ch, H, W].
+        """x [B, C, H, W] and t [B] -> [B, out_ch, H, W]; a context [B, C', H, W] is stacked under x.
 
         Raises:
             ValueError: the model uses time and got none.

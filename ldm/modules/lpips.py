@@ -143,8 +143,8 @@ def _find_vgg16(path: str | Path | None) -> Path:
         if place.is_file():
             return place
     raise UserError(
-        f"LPIPS needs torchvision's VGG16 weights, and {places[0]} does not exist: download {VGG16_URL} to {places[-1]} "
-        "(or to torch's cache), or train without them: perceptual_loss: pixel_gradient (or none) in lossconfig.params"
+        f"LPIPS needs torchvision's VGG16 weights: download {VGG16_URL} to {' or '.join(map(str, places))}; "
+        "or train without them by lossconfig.params.perceptual_loss=pixel_gradient (or none)"
     )
 
 

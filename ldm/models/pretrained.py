@@ -1,0 +1,124 @@
+"""Weights of other projects: `torchvision://IMAGENET1K_V1`, `timm://resnet18.a1_in1k`, or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm import checkpoint
+from ldm.util import UserError, suggest
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # [0, 1] -> [-1, 1], this project's own range
+# torchvision turns the input of these (weights by Google) from its ImageNet statistics back to [-1, 1]
+_TRAINED_ON_HALF = ("googlenet", "inception_v3")
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def pixel_statistics(weights: str | None, network: str) -> Statistics:
+    """(mean, std) in [0, 1] that pretrained weights expect their pixels to be normalised by.
+
+    Args:
+        weights: as in `read_weights`; a file, or None: this project's own range.
+        network: name of the builder (`resnet18`).
+    """
+    kind, _, name = (weights or "").partition("://")
+    if kind == "torchvision" and network not in _TRAINED_ON_HALF:
+        return IMAGENET
+    if kind == "timm":
+        config = _timm().get_pretrained_cfg(name, allow_unregistered=False)
+        return (tuple(config.mean), tuple(config.std)) if config else HALF
+    return HALF
+
+
+def read_weights(weights: str, network: str) -> dict[str, Tensor]:
+    """The state dict that `weights` names.
+
+    Args:
+        weights: `torchvision://NAME` (weights of the torchvision function `network`), `timm://name`, or a path.
+        network: name of the builder (`resnet18`).
+
+    Raises:
+        UserError: unknown name, no network, or a file that is no checkpoint.
+    """
+    kind, found, name = weights.partition("://")
+    if not found:
+        return checkpoint.read_state(weights)
+    if kind == "torchvision":
+        return _from_torchvision(network, name)
+    if kind == "timm":
+        return _fetch(weights, lambda: _timm().create_model(name, pretrained=True).state_dict())
+    raise UserError(f"weights {weights}: expected torchvision://NAME, timm://name or a file")
+
+
+def _from_torchvision(network: str, name: str) -> dict[str, Tensor]:
+    from torchvision.models import get_model_weights, list_models
+
+    if network not in list_models():
+        raise UserError(f"weights torchvision://{name}: torchvision has no {network}{suggest(network, list_models())}")
+    known = get_model_weights(network).__members__
+    if name not in known:
+        raise UserError(f"weights torchvision://{name}: {network} has {', '.join(known)}{suggest(name, known)}")
+    url = known[name].url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digest = path.stem.rpartition("-")[2]  # file names end in the first digits of their SHA-256
+        _fetch(url, lambda: torch.hub.download_url_to_file(url, str(path), digest, progress=True))
+    return checkpoint.read_state(path)
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ModuleNotFoundError as e:
+        raise UserError("weights timm://... need the package timm: pip install timm") from e
+    return timm
+
+
+def _fetch(source: str, get: Callable[[], Any]) -> Any:
+    try:
+        return get()
+    except Exception as e:  # urllib, requests, huggingface_hub and timm each raise their own
+        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise UserError(
+            f"{source} cannot be fetched ({reason[:200]}); download it elsewhere, then give the file"
+        ) from e
+
+
+def load_weights(net: nn.Module, weights: str, network: str, num_classes: int, allow_head: bool = False) -> str:
+    """Fills `net` strictly; returns "loaded N of M tensors".
+
+    Args:
+        net: a classifier. Its method `adapt_state(state) -> state`, if there is one, renames and resizes first.
+        weights, network: see `read_weights`.
+        num_classes: outputs of `net`.
+        allow_head: leave last layers of another class count as they were initialised.
+
+    Raises:
+        UserError: another class count without `allow_head`, or any other key that does not fit.
+    """
+    state = read_weights(weights, network)
+    if hasattr(net, "adapt_state"):
+        state = net.adapt_state(state)
+    own = net.state_dict()
+    for key in own:  # files older than PyTorch 0.4.1 lack these counters
+        if key.endswith("num_batches_tracked"):
+            state.setdefault(key, own[key])
+    heads = [k for k in own if k in state and _differs_in_classes(own[k], state[k], num_classes)]
+    if heads and not allow_head:
+        raise UserError(
+            f"{weights} is for {state[heads[0]].shape[0]} classes, the model has {num_classes} ({', '.join(heads)}): "
+            "set model.params.allow_head=true to start the last layer afresh"
+        )
+    report = checkpoint.load(net, state, source=weights, allow=tuple(heads))
+    return report + (f"; fresh: {', '.join(heads)}" if heads else "")
+
+
+def _differs_in_classes(own: Tensor, given: Tensor, num_classes: int) -> bool:
+    return own.ndim > 0 and own.shape[0] == num_classes != given.shape[0] and own.shape[1:] == given.shape[1:]

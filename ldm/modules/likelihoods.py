@@ -1,0 +1,97 @@
+"""Observation models p(x | z) of a VAE: what the decoder's output means. All in nats per image."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.modules.distributions import LOG_2PI
+
+
+class Bernoulli(nn.Module):
+    """Pixels as probabilities of ink (Kingma & Welling 2014, appendix C.1); the output is logits.
+
+    Grey values count as fractional observations: the cross-entropy is then no normalised density, but the usual number.
+    """
+
+    def log_prob(self, x: Tensor, out: Tensor) -> Tensor:
+        """x [B, ...] in [-1, 1] and out of that shape -> log p(x | z), [B]."""
+        return -F.binary_cross_entropy_with_logits(out, (x + 1) / 2, reduction="none").flatten(1).sum(1)
+
+    def mean(self, out: Tensor) -> Tensor:
+        """Expected image in [-1, 1]."""
+        return 2 * torch.sigmoid(out) - 1
+
+
+class Gaussian(nn.Module):
+    """N(out, scale^2) per pixel, of images in [-1, 1].
+
+    Args:
+        scale: standard deviation.
+        learned: fit one scale to the data instead (Rybkin et al. 2021, sigma-VAE); `scale` is then its start.
+    """
+
+    def __init__(self, scale: float = 0.1, learned: bool = False) -> None:
+        super().__init__()
+        if scale <= 0:
+            raise ValueError(f"scale: got {scale}, expected a positive number")
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learned)
+
+    def log_prob(self, x: Tensor, out: Tensor) -> Tensor:
+        z = (x - out) * torch.exp(-self.log_scale)
+        return -(0.5 * (z**2 + LOG_2PI) + self.log_scale).flatten(1).sum(1)
+
+    def mean(self, out: Tensor) -> Tensor:
+        return out
+
+
+class DiscretizedLogistic(nn.Module):
+    """Logistic distribution integrated over each grey level (Salimans et al. 2017, PixelCNN++, equation 2).
+
+    A probability, not a density: nats / (ln 2 * numbers per image) is bits per dimension.
+
+    Args:
+        scale: of the logistic, for images in [-1, 1]; learned from there.
+        levels: grey levels.
+    """
+
+    def __init__(self, scale: float = 0.1, levels: int = 256) -> None:
+        super().__init__()
+        if scale <= 0 or levels < 2:
+            raise ValueError(f"got scale {scale} and levels {levels}, expected a positive scale and at least 2 levels")
+        self.levels = levels
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+
+    def log_prob(self, x: Tensor, out: Tensor) -> Tensor:
+        half = 1.0 / (self.levels - 1)
+        x = torch.round((x + 1) / 2 * (self.levels - 1)) * 2 * half - 1  # onto the grid
+        inv = torch.exp(-self.log_scale)
+        upper, lower = (x + half - out) * inv, (x - half - out) * inv
+        log_cdf, log_rest = -F.softplus(-upper), -F.softplus(lower)  # log P(X <= upper), log P(X > lower)
+        # log(sigmoid(upper) - sigmoid(lower)), exact and without cancellation
+        inside = log_cdf + log_rest + torch.log(-torch.expm1(-2 * half * inv))
+        log_p = torch.where(x < -1 + half, log_cdf, torch.where(x > 1 - half, log_rest, inside))
+        return log_p.flatten(1).sum(1)
+
+    def mean(self, out: Tensor) -> Tensor:
+        return out
+
+
+def make_likelihood(name: str, scale: float = 0.1) -> nn.Module:
+    """The observation model of that name: bernoulli, gaussian, gaussian_learned or logistic.
+
+    Raises:
+        ValueError: another name.
+    """
+    makers = {
+        "bernoulli": Bernoulli,
+        "gaussian": lambda: Gaussian(scale),
+        "gaussian_learned": lambda: Gaussian(scale, learned=True),
+        "logistic": lambda: DiscretizedLogistic(scale),
+    }
+    if name not in makers:
+        raise ValueError(f"likelihood: got {name!r}, expected one of {', '.join(makers)}")
+    return makers[name]()

@@ -1,0 +1,168 @@
+"""The official sampler classes against numbers of the official code (fixtures sampler_*, ddim_schedules)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm.diffusion import official
+from ldm.diffusion.schedule import make_beta_schedule
+from ldm.modules.unet import UNetModel
+from tests.reference import compare, filler
+
+FIXTURES = Path(compare.__file__).parent / "fixtures"
+TRAJECTORIES = sorted(p.stem for p in FIXTURES.glob("sampler_*.json") if p.stem != "sampler_seeded_rng")
+
+
+class NoisePredictor(nn.Module):
+    """What a sampler sees of a latent diffusion model: a U-Net under its official name, and the schedule."""
+
+    def __init__(self, params: dict) -> None:
+        super().__init__()
+        self.num_timesteps = params["timesteps"]
+        betas = make_beta_schedule("linear", self.num_timesteps, params["linear_start"], params["linear_end"])
+        self.register_buffer("betas", torch.tensor(betas, dtype=torch.float32))
+        self.register_buffer("alphas_cumprod", torch.tensor((1 - betas).cumprod(), dtype=torch.float32))
+        self.model = nn.ModuleDict()
+        if "unet_config" in params and "params" in params["unet_config"]:
+            self.model["diffusion_model"] = UNetModel(**params["unet_config"]["params"])
+        self.times: list[Tensor] = []
+        self.inputs: list[Tensor] = []
+
+    def apply_model(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        self.times.append(t[0].float())
+        self.inputs.append(x[:2])
+        return self.model["diffusion_model"](x, t, context=c)
+
+
+@pytest.fixture(scope="module")
+def model() -> NoisePredictor:
+    fx = compare.load(FIXTURES / "sampler_ddim_eta0.json")
+    return filler.fill(NoisePredictor(fx["params"]), fx["seed"]).eval()
+
+
+def run(model: NoisePredictor, fx: dict) -> dict[str, Tensor]:
+    model.times, model.inputs = [], []
+    x, options = compare.inputs(fx), dict(fx["sampler"])
+    if options.pop("masked", False):
+        options |= {"mask": (x["mask"] > 0.5).float(), "x0": x["x0"]}
+    sampler = getattr(official, fx["target"].rpartition(".")[2])(model)
+    with compare.fixed_noise(fx["noise_seed"]):
+        samples, inter = sampler.sample(
+            batch_size=2,
+            shape=(4, 8, 8),
+            conditioning=x["c"],
+            unconditional_conditioning=x["uc"],
+            x_T=x["x_T"],
+            verbose=False,
+            log_every_t=1,
+            **options,
+        )
+    outs = {"samples": samples, "model_t": torch.stack(model.times), "model_x": torch.stack(model.inputs)}
+    if inter is not None:
+        outs |= {name: torch.stack(values) for name, values in inter.items()}
+    return outs
+
+
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_trajectory(model: NoisePredictor, name: str) -> None:
+    fx = compare.load(FIXTURES / f"{name}.json")
+    outs = run(model, fx)
+    assert set(fx["outputs"]) <= set(outs)
+    assert compare.check(fx, {key: outs[key] for key in fx["outputs"]}) == []
+
+
+def test_random_numbers_are_drawn_as_often_and_in_the_same_order(model: NoisePredictor) -> None:
+    fx = compare.load(FIXTURES / "sampler_seeded_rng.json")
+    x = compare.inputs(fx)
+    cases = {
+        "ddim_eta0": (official.DDIMSampler, 0.0),
+        "ddim_eta1": (official.DDIMSampler, 1.0),
+        "plms": (official.PLMSSampler, 0.0),
+    }
+    for name, (sampler, eta) in cases.items():
+        torch.manual_seed(42)
+        samples, _ = sampler(model).sample(
+            S=5,
+            batch_size=2,
+            shape=(4, 8, 8),
+            conditioning=x["c"],
+            unconditional_conditioning=x["uc"],
+            unconditional_guidance_scale=3.0,
+            eta=eta,
+            verbose=False,
+        )
+        assert compare.check(fx, {name: samples, f"{name}.next_randn": torch.randn(4)}) == []
+
+
+def test_ddim_schedules() -> None:
+    fx = compare.load(FIXTURES / "ddim_schedules.json")
+    sampler = official.DDIMSampler(NoisePredictor({"timesteps": 1000, "linear_start": 0.00085, "linear_end": 0.012}))
+    names = {
+        "timesteps": "ddim_timesteps",
+        "alphas": "ddim_alphas",
+        "alphas_prev": "ddim_alphas_prev",
+        "sigmas": "ddim_sigmas",
+        "sqrt_one_minus_alphas": "ddim_sqrt_one_minus_alphas",
+        "sigmas_original": "ddim_sigmas_for_original_num_steps",
+    }
+    for case in {key.rpartition(".")[0] for key in fx["outputs"]}:
+        grid, steps, eta = case.split("_")
+        sampler.make_schedule(int(steps), grid, float(eta.removeprefix("eta")), verbose=False)
+        outs = {f"{case}.{key}": torch.as_tensor(getattr(sampler, attr)) for key, attr in names.items()}
+        assert compare.check(fx, outs) == []
+
+
+def test_no_step_count_fails(model: NoisePredictor) -> None:
+    """599 of the counts 1..1000 were an IndexError: the official grid asked for timestep 1000 of 1000."""
+    sampler = official.DDIMSampler(model)
+    for steps in range(1, 1001):
+        sampler.make_schedule(steps, verbose=False)
+        assert sampler.ddim_timesteps.max() < 1000
+        assert np.isfinite(sampler.ddim_sigmas).all()
+
+
+def test_image_to_image_at_any_strength(model: NoisePredictor) -> None:
+    """Strength 1 indexed past the schedule. Decoding all steps is sampling from the encoded image."""
+    fx = compare.load(FIXTURES / "sampler_ddim_eta0.json")
+    x = compare.inputs(fx)
+    sampler = official.DDIMSampler(model)
+    sampler.make_schedule(5, verbose=False)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    last = sampler.stochastic_encode(x["x_T"], torch.tensor([4, 4]), noise=noise)
+    full = sampler.stochastic_encode(x["x_T"], torch.tensor([5, 5]), noise=noise)
+    assert torch.equal(last, full)
+    abar = model.alphas_cumprod[801]
+    torch.testing.assert_close(last, abar.sqrt() * x["x_T"] + (1 - abar).sqrt() * noise)
+    whole = sampler.sample(5, 2, (4, 8, 8), x["c"], x_T=last, verbose=False)[0]
+    torch.testing.assert_close(sampler.decode(last, x["c"], 5), whole)
+    assert torch.equal(sampler.decode(last, x["c"], 0), last)
+
+
+def test_quantised_x0_replaces_only_the_signal(model: NoisePredictor) -> None:
+    """DDIM with a codebook: x_s = sqrt(abar_s) round(x0) + the noise part of the unrounded prediction."""
+
+    class Rounding:
+        def quantize(self, z: Tensor) -> tuple[Tensor, None, None]:
+            return z.round(), None, None
+
+    fx = compare.load(FIXTURES / "sampler_ddim_eta0.json")
+    x = compare.inputs(fx)
+    model.first_stage_model = Rounding()
+    seen: list[Tensor] = []
+    options = {"x_T": x["x_T"], "verbose": False, "log_every_t": 1, "img_callback": lambda x0, i: seen.append(x0)}
+    _, inter = official.DDIMSampler(model).sample(2, 2, (4, 8, 8), x["c"], quantize_x0=True, **options)
+    del model.first_stage_model
+    plain = official.DDIMSampler(model).sample(2, 2, (4, 8, 8), x["c"], **(options | {"img_callback": None}))[1]
+    assert torch.equal(seen[0], plain["pred_x0"][1].round())
+    shift = model.alphas_cumprod[1].sqrt() * (seen[0] - plain["pred_x0"][1])
+    torch.testing.assert_close(inter["x_inter"][1], plain["x_inter"][1] + shift)
+
+
+def test_settings_that_cannot_work(model: NoisePredictor) -> None:
+    with pytest.raises(ValueError, match="eta: got 0.5, expected 0"):
+        official.PLMSSampler(model).sample(5, 2, (4, 8, 8), eta=0.5)
+    with pytest.raises(ValueError, match="mask: got no x0"):
+        official.DDIMSampler(model).sample(5, 2, (4, 8, 8), mask=torch.ones(2, 1, 8, 8), verbose=False)
