@@ -62,10 +62,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def complete_switches(argv: list[str]) -> list[str]:
+    """`--no-test a.b=c` -> `--no-test true a.b=c`: a switch's value is optional, and no config value is one."""
+    switches = {o for a in build_parser()._actions if a.nargs == "?" and a.const is True for o in a.option_strings}
+    done: list[str] = []
+    for item in argv:
+        if done and done[-1] in switches and "=" in item and not item.startswith("-"):
+            done.append("true")
+        done.append(item)
+    return done
+
+
 def run(argv: list[str] | None = None) -> None:
     """Parses the command line and does what it says."""
-    args, extra = build_parser().parse_known_args(argv)
-    if argv is None and len(sys.argv) == 1 or not (args.base or args.resume):
+    args, extra = build_parser().parse_known_args(complete_switches(sys.argv[1:] if argv is None else argv))
+    if not (args.base or args.resume):
         from ldm.util import UserError
 
         build_parser().print_usage(sys.stderr)

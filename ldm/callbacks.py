@@ -200,6 +200,9 @@ class ImageLogger(Callback):
 class Throughput(Callback):
     """Logs images per second and peak memory (MiB) once per epoch."""
 
+    def __init__(self) -> None:
+        self._start, self._images = time.perf_counter(), 0
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start, self._images = time.perf_counter(), 0
         if pl_module.device.type == "cuda":
@@ -277,9 +280,8 @@ class Signals(Callback):
     def __init__(self, run: RunDirectory) -> None:
         self.run, self.stop_signal, self._save, self._old = run, None, False, {}
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes the signals over from Lightning, which would end the run without saving."""
         for name, handler in (("SIGINT", self._stop), ("SIGTERM", self._stop), ("SIGUSR1", self._request_save)):
             number = getattr(signal, name, None)
             if number is not None and number not in self._old:
@@ -297,17 +299,25 @@ class Signals(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.world_size == 1:
+            self._act(trainer)
+        elif trainer.global_step % 10 == 0:  # agreeing costs a wait for the devices
+            decide = trainer.strategy.reduce_boolean_decision
+            self._save = decide(self._save, all=False)
+            if decide(self.stop_signal is not None, all=False):
+                self.stop_signal = self.stop_signal or signal.SIGTERM  # it may have reached another process only
+            self._act(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.world_size == 1 and not trainer.sanity_checking:
+            self._act(trainer)
+
+    def _act(self, trainer: pl.Trainer) -> None:
         if self._save or self.stop_signal is not None:
             self._save = False
             path = self.run.save(trainer)
             rank_zero_info(f"saved {path} at step {trainer.global_step}")
         if self.stop_signal is not None:
-            raise Stopped(self.stop_signal)
-
-    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        # the last training step is already in last.ckpt only if the checkpoint callback ran; save again to be sure
-        if self.stop_signal is not None and trainer.fit_loop.epoch_loop.global_step:
-            self.run.save(trainer)
             raise Stopped(self.stop_signal)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -330,6 +340,13 @@ class StepProgress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._bar: tqdm | None = None
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         total = trainer.estimated_stepping_batches
@@ -340,7 +357,7 @@ class StepProgress(ProgressBar):
             unit="step",
             dynamic_ncols=True,
             mininterval=0.3 if sys.stderr.isatty() else 10.0,
-            disable=not self.is_enabled,
+            disable=not (self._enabled and trainer.is_global_zero),
         )
 
     def on_train_batch_end(
@@ -364,6 +381,9 @@ class StepProgress(ProgressBar):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._bar is not None:
             self._bar.set_description("training", refresh=False)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")  # the message that follows gets a line of its own
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._bar is not None:

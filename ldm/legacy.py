@@ -53,7 +53,8 @@ TARGETS: dict[str, str] = {
     **_rows(
         "ldm.modules.diffusionmodules.model",
         "ldm.modules.autoencoder",
-        "Encoder Decoder Model ResnetBlock AttnBlock make_attn",
+        "Encoder Decoder Model ResnetBlock AttnBlock LinAttnBlock make_attn Upsample Downsample Normalize "
+        "get_timestep_embedding",
     ),
     **_rows(
         "ldm.modules.diffusionmodules.model",
@@ -61,17 +62,35 @@ TARGETS: dict[str, str] = {
         "LatentRescaler MergedRescaleEncoder MergedRescaleDecoder Upsampler Resize SimpleDecoder UpsampleDecoder "
         "FirstStagePostProcessor",
     ),
+    **_rows("sgm.modules.diffusionmodules.model", "ldm.modules.autoencoder", "Encoder Decoder Model"),
+    **_rows("taming.modules.diffusionmodules.model", "ldm.modules.autoencoder", "Encoder Decoder Model"),
     **_rows(
         "ldm.modules.distributions.distributions",
         "ldm.modules.distributions",
         "DiagonalGaussianDistribution DiracDistribution normal_kl",
     ),
-    **_rows("ldm.modules.losses.contperceptual", "ldm.modules.losses", "LPIPSWithDiscriminator DummyLoss"),
-    **_rows("ldm.modules.losses.vqperceptual", "ldm.modules.losses", "VQLPIPSWithDiscriminator"),
+    **_rows("sgm.modules.distributions.distributions", "ldm.modules.distributions", "DiagonalGaussianDistribution"),
+    **_rows(
+        "ldm.modules.losses.contperceptual",
+        "ldm.modules.losses",
+        "LPIPSWithDiscriminator DummyLoss adopt_weight hinge_d_loss vanilla_d_loss",
+    ),
+    **_rows(
+        "ldm.modules.losses.vqperceptual",
+        "ldm.modules.losses",
+        "VQLPIPSWithDiscriminator adopt_weight hinge_d_loss vanilla_d_loss hinge_d_loss_with_exemplar_weights "
+        "measure_perplexity l1 l2",
+    ),
+    **_rows(
+        "taming.modules.losses.vqperceptual",
+        "ldm.modules.losses",
+        "VQLPIPSWithDiscriminator DummyLoss adopt_weight hinge_d_loss vanilla_d_loss",
+    ),
     **_rows("taming.modules.losses", "ldm.modules.losses", "DummyLoss"),
     **_rows("taming.modules.losses.lpips", "ldm.modules.lpips", "LPIPS"),
     **_rows("taming.modules.losses.segmentation", "ldm.modules.losses", "BCELossWithQuant"),
     **_rows("taming.modules.discriminator.model", "ldm.modules.discriminator", "NLayerDiscriminator weights_init"),
+    **_rows("taming.modules.util", "ldm.modules.discriminator", "ActNorm"),
     **_rows(
         "taming.modules.vqvae.quantize", "ldm.modules.quantize", "VectorQuantizer2 VectorQuantizer=VectorQuantizer2"
     ),

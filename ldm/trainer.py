@@ -143,7 +143,8 @@ def build_callbacks(
             continue
         built.append(instantiate_from_config(entry))
     built.append(build_model_checkpoint(run, config, model, data, directory))
-    built.append(callbacks.StepProgress())
+    if (config.get("trainer") or {}).get("enable_progress_bar") is not False:
+        built.append(callbacks.StepProgress())
     return built
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import logging
 import os
 import pdb
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero as rank_zero_module
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import OmegaConf
 
@@ -46,7 +48,7 @@ class Run:
 def start(args: argparse.Namespace, extra: list[str]) -> None:
     """Reads the config, then prints, tries or trains it."""
     trust(args.trust)
-    warnings.filterwarnings("ignore", module="lightning")
+    quieten()
     run = prepare(args, extra)
     if args.print_config:
         sys.stdout.write(run.merged.to_yaml_with_sources() + "\n")
@@ -72,6 +74,19 @@ def start(args: argparse.Namespace, extra: list[str]) -> None:
             target = run.logdir.parent / "debug_runs" / run.logdir.name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(run.logdir, target)
+
+
+_NOISE = ("GPU available", "TPU available", "HPU available", "💡", "`", "Restoring states", "Restored all")
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NOISE)
+
+
+def quieten() -> None:
+    """Leaves out what Lightning says of hardware that is not there and of products, and warnings about itself."""
+    warnings.filterwarnings("ignore", module="lightning")
+    logging.getLogger(rank_zero_module.__name__).addFilter(_worth_saying)
 
 
 # --- config -----------------------------------------------------------------------------------------------------------

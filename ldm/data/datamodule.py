@@ -76,7 +76,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.defaults = {"root": root, "size": size, "channels": channels}
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.datasets: dict[str, Any] = {}
-        self._position: tuple[int, int] | None = None
+        self._start = (0, 0)  # epoch and batch that this process starts from
+        self._resumed: dict[str, int] = {}
         # Lightning looks whether these exist to know which loops to run.
         loaders = {"train": "train", "validation": "val", "test": "test", "predict": "predict"}
         for split in self.configs:
@@ -189,12 +190,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def _train_dataloader(self) -> DataLoader:
         loader = self._loader("train")
-        sampler = loader.sampler
-        if isinstance(sampler, EpochSampler):
-            # a resumed run goes on after its last finished batch; later epochs are set by the Trainer
-            epoch = self.trainer.current_epoch if self.trainer is not None else 0
-            sampler.seek(*(self._position or (epoch, 0)))
-            self._position = None
+        if isinstance(loader.sampler, EpochSampler):
+            loader.sampler.follow(self.position)
         return loader
 
     def _val_dataloader(self) -> DataLoader:
@@ -247,25 +244,46 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     # -- resume --
 
+    def position(self) -> tuple[int, int]:
+        """(epoch, batch) that comes next: counted in batches trained on, whatever Lightning calls its epochs.
+
+        Its own count skips a number after a restart between two epochs, and ends an epoch that max_steps cuts short.
+        """
+        epoch, batch = self._start
+        trained = self._batches_trained() - self._resumed.get("total", 0)
+        if not trained or self.trainer.num_training_batches == float("inf"):  # the loader is not set up yet
+            return epoch, batch
+        per_epoch = int(self.trainer.num_training_batches)
+        return divmod(epoch * per_epoch + batch + trained, per_epoch)
+
+    def _batches_trained(self) -> int:
+        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
     def state_dict(self) -> dict[str, int]:
         """The place in the data after the last batch that was trained on."""
-        if self.trainer is None:
+        if self.trainer is None or self.trainer.num_training_batches == float("inf"):
             return {}
-        loop = self.trainer.fit_loop
-        epoch, done = loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.processed
-        if epoch >= loop.epoch_progress.current.started:  # between two epochs
-            done = 0
-        elif done >= self.trainer.num_training_batches:
-            epoch, done = epoch + 1, 0
-        world = self.trainer.world_size
-        return {"epoch": epoch, "batch": done, "seed": self.seed, "batch_size": self.batch_size, "world_size": world}
+        epoch, batch = self.position()
+        progress = self.trainer.fit_loop.epoch_progress.current
+        return {
+            "epoch": epoch,
+            "batch": batch,
+            "cut_short": int(batch > 0 and progress.processed >= progress.started),
+            "total": self._batches_trained(),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "world_size": self.trainer.world_size,
+        }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Goes on from a place that `state_dict` named, with the seed of that run."""
-        self._position = state_dict["epoch"], state_dict["batch"]
+        self._resumed = dict(state_dict)
         self.seed = state_dict["seed"]
+        self._start = state_dict["epoch"], state_dict["batch"]
+        if state_dict["cut_short"] and self.trainer is not None and self.trainer.max_steps == -1:
+            self._start = state_dict["epoch"] + 1, 0  # limited by epochs, Lightning starts a whole one
         world = self.trainer.world_size if self.trainer is not None else 1
-        if state_dict["batch"] and (state_dict["batch_size"], state_dict["world_size"]) != (self.batch_size, world):
+        if self._start[1] and (state_dict["batch_size"], state_dict["world_size"]) != (self.batch_size, world):
             rank_zero_info(
                 f"resumed within an epoch with batch_size {self.batch_size} x {world} instead of "
                 f"{state_dict['batch_size']} x {state_dict['world_size']}: some images of this epoch are seen twice or "

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from ldm.util import UserError
 
@@ -122,13 +125,24 @@ def decode_small_jpeg(data: bytes, channels: int) -> np.ndarray | None:
     data = bytearray(data)
     if b"Exif" in data or b"Adobe" in data:  # orientation, CMYK
         return None
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+    decode = _jpeg_decoder()
+    if decode is None:
+        return None
     try:
-        return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=mode).permute(1, 2, 0).numpy()
+        return decode(torch.frombuffer(data, dtype=torch.uint8), channels).permute(1, 2, 0).numpy()
     except RuntimeError:
         return None  # PIL has the last word, and the better message
+
+
+@functools.lru_cache(maxsize=1)
+def _jpeg_decoder() -> Callable[[Tensor, int], Tensor] | None:
+    """torchvision's libjpeg operator (input, channels) -> [C, H, W]; None in a torchvision built without it."""
+    try:
+        import torchvision.io  # noqa: F401  (registers the operator)
+
+        return torch.ops.image.decode_jpeg
+    except (ImportError, AttributeError, RuntimeError):
+        return None
 
 
 @dataclass(frozen=True)

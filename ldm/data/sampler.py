@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,12 @@ from ldm.data.base import stream_of
 class EpochSampler(DistributedSampler):
     """Yields `epoch * length + index`, so that whoever reads the image knows its epoch too (see `Streamed`).
 
-    The order is a function of (seed, epoch) alone; each rank takes every n-th index. `seek` starts within an epoch:
-    a resumed run then sees the batches that the uninterrupted one would have seen.
+    The order is a function of (seed, epoch) alone; each rank takes every n-th index. `follow` lets it start within an
+    epoch: a resumed run then sees the batches that the uninterrupted one would have seen.
 
     Args:
         length: number of images.
-        batch_size: images a batch, to count batches in `seek`.
+        batch_size: images a batch, to count batches.
         shuffle: random order, or 0, 1, 2, ...
         seed: of the order.
         num_replicas, rank: processes, and which of them this is.
@@ -44,15 +44,16 @@ class EpochSampler(DistributedSampler):
         self.length, self.batch_size = length, batch_size
         self.pad = pad or length < num_replicas
         self.first_batch = 0
+        self._position: Callable[[], tuple[int, int]] | None = None
+
+    def follow(self, position: Callable[[], tuple[int, int]]) -> None:
+        """From now on `position()` says, at the start of each epoch, which (epoch, batch) comes next."""
+        self._position = position
+        self.epoch, self.first_batch = position()
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer when an epoch starts; the epoch that `seek` named goes on where it stopped."""
-        if epoch != self.epoch:
-            self.epoch, self.first_batch = epoch, 0
-
-    def seek(self, epoch: int, batch: int) -> None:
-        """Makes `batch` the next one of `epoch`."""
-        self.epoch, self.first_batch = epoch, batch
+        """Called by the Trainer when an epoch starts."""
+        self.epoch, self.first_batch = (epoch, 0) if self._position is None else self._position()
 
     def __len__(self) -> int:
         """Images of this rank in a whole epoch."""

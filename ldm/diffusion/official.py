@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Denoise, cfg, inpaint
 from ldm.diffusion.samplers import ddim, dpmpp_2m, plms
-from ldm.diffusion.schedule import VPPath, make_grid
+from ldm.diffusion.schedule import VPPath, ddim_timesteps, make_grid
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +64,11 @@ class DDIMSampler(_OfficialSampler):
         self.ddim_eta = ddim_eta
         self.grid = make_grid(ddim_discretize, self.path, ddim_num_steps)
         abar = self.model.alphas_cumprod.detach().cpu().numpy()
-        abar_prev = np.append(1.0, abar[:-1])
         self.ddim_timesteps = self.grid[:-1].flip(0).long().numpy()
-        alphas = abar[self.ddim_timesteps]
-        self.ddim_alphas = torch.as_tensor(alphas)
-        self.ddim_alphas_prev = np.append(abar[0], abar[self.ddim_timesteps[:-1]]).astype(np.float64)
+        sigmas, alphas, self.ddim_alphas_prev = make_ddim_sampling_parameters(abar, self.ddim_timesteps, ddim_eta)
+        self.ddim_sigmas, self.ddim_alphas = torch.as_tensor(sigmas), torch.as_tensor(alphas)
         self.ddim_sqrt_one_minus_alphas = (1 - self.ddim_alphas).sqrt()
-        self.ddim_sigmas = torch.as_tensor(_sigmas(alphas.astype(np.float64), self.ddim_alphas_prev, ddim_eta))
-        original = _sigmas(abar.astype(np.float64), abar_prev, ddim_eta)
+        original = _ddim_sigmas(abar, np.append(1.0, abar[:-1]), ddim_eta)
         self.ddim_sigmas_for_original_num_steps = torch.as_tensor(original, dtype=torch.float32)
         if verbose:
             log.info("DDIM timesteps %s, eta %s", self.ddim_timesteps, ddim_eta)
@@ -252,6 +249,40 @@ class DPMSolverSampler(_OfficialSampler):
         return samples, None
 
 
-def _sigmas(alphas: np.ndarray, alphas_prev: np.ndarray, eta: float) -> np.ndarray:
+# ------------------------------------------------------------------- functions of ldm.modules.diffusionmodules.util
+
+
+def make_ddim_timesteps(
+    ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
+) -> np.ndarray:
+    """Ascending timesteps of the grid `uniform` or `quad`, see `schedule.ddim_timesteps`."""
+    times = ddim_timesteps(ddim_discr_method, num_ddim_timesteps, num_ddpm_timesteps)
+    if verbose:
+        log.info("DDIM timesteps %s", times)
+    return times
+
+
+def make_ddim_sampling_parameters(
+    alphacums: np.ndarray, ddim_timesteps: np.ndarray, eta: float, verbose: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(sigmas, alphas, alphas_prev) of the steps; alphas are cumulative, and the last step stops at alphacums[0]."""
+    alphas = alphacums[ddim_timesteps]
+    alphas_prev = np.append(alphacums[0], alphacums[ddim_timesteps[:-1]]).astype(np.float64)
+    sigmas = _ddim_sigmas(alphas, alphas_prev, eta)
+    if verbose:
+        log.debug("DDIM eta %s, sigmas %s", eta, sigmas)
+    return sigmas, alphas, alphas_prev
+
+
+def betas_for_alpha_bar(
+    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
+) -> np.ndarray:
+    """float64 betas [T] of any decreasing alpha_bar(t in [0, 1]) (Nichol & Dhariwal 2021)."""
+    abar = np.array([alpha_bar(i / num_diffusion_timesteps) for i in range(num_diffusion_timesteps + 1)])
+    return np.minimum(1 - abar[1:] / abar[:-1], max_beta)
+
+
+def _ddim_sigmas(alphas: np.ndarray, alphas_prev: np.ndarray, eta: float) -> np.ndarray:
     """DDIM eq. 16 (alphas: cumulative)."""
+    alphas, alphas_prev = np.float64(alphas), np.float64(alphas_prev)
     return eta * np.sqrt((1 - alphas_prev) / (1 - alphas) * (1 - alphas / alphas_prev))

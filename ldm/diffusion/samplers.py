@@ -17,6 +17,7 @@ of the step, s the next, lam = log(alpha / sigma), h = lam_s - lam_t. The last s
 wherever a formula would need the slope at its end, because that is usually clean data, where eps is not defined.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -384,13 +385,20 @@ class Sampler:
     """A row of SAMPLERS; calling it calls the function."""
 
     function: Callable[..., Tensor]
-    order: int  # of convergence in 1 / n: of the path for deterministic samplers, of the variance for stochastic ones
+    order: int  # errors fall as n^-order: of the image for deterministic samplers, of the variance for stochastic ones
     calls: Callable[[int], int]  # network calls for n steps
     stochastic: bool  # draws noise with its default knobs
     description: str
 
     def __call__(self, denoise: Denoise, x: Tensor, grid: Tensor, **options: object) -> Tensor:
         return self.function(denoise, x, grid, **options)
+
+    @property
+    def knobs(self) -> dict[str, object]:
+        """The function's own settings with their defaults."""
+        common = ("path", "randn", "project", "callback")
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in common}
 
 
 def _one(n: int) -> int:
@@ -405,18 +413,14 @@ SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(ddpm, 1, _one, True, "DDPM, Algorithm 2: ancestral sampling; wants many steps"),
     "ddim": Sampler(ddim, 1, _one, False, "DDIM; eta from 0 (deterministic) to 1 (as DDPM)"),
     "plms": Sampler(
-        plms, 2, lambda n: n + (n > 1), False, "PNDM's multistep with equal-step weights; the classic of SD v1"
+        plms, 2, lambda n: n + (n > 1), False, "PNDM's multistep, equal-step weights; the classic of SD v1"
     ),
     "euler": Sampler(euler, 1, _one, False, "Euler's method = DDIM; s_churn makes it stochastic"),
-    "euler_ancestral": Sampler(
-        euler_ancestral, 1, _one, True, "Euler's method with fresh noise each step = DDIM, eta 1"
-    ),
+    "euler_ancestral": Sampler(euler_ancestral, 1, _one, True, "Euler with fresh noise each step = DDIM with eta 1"),
     "heun": Sampler(heun, 2, _two, False, "EDM's sampler: second order, two calls a step"),
     "dpmpp_2m": Sampler(dpmpp_2m, 2, _one, False, "DPM-Solver++(2M): second order at one call a step; 20 steps do"),
-    "dpmpp_2m_sde": Sampler(
-        dpmpp_2m_sde, 1, _one, True, "the same for the SDE; forgives network errors, wants more steps"
-    ),
-    "dpmpp_2s_ancestral": Sampler(dpmpp_2s_ancestral, 1, _two, True, "DPM-Solver++(2S) with ancestral noise"),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, 2, _one, True, "DPM-Solver++(2M) for the SDE; forgives network errors"),
+    "dpmpp_2s_ancestral": Sampler(dpmpp_2s_ancestral, 2, _two, True, "DPM-Solver++(2S) with ancestral noise"),
     "unipc": Sampler(unipc, 2, _one, False, "UniPC: predictor and corrector at one call a step; good below 15 steps"),
-    "lms": Sampler(lms, 2, _one, False, "linear multistep with exact weights"),
+    "lms": Sampler(lms, 2, _one, False, "linear multistep with the exact weights for unequal steps"),
 }

@@ -13,6 +13,7 @@ A *grid* is a strictly decreasing list of n + 1 times: n steps from noise to dat
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -181,8 +182,8 @@ class VPPath(Path):
         t = t if t.is_floating_point() else t.to(torch.get_default_dtype())
         table = self._table(t)
         i = (t + 1).floor().clamp(0, self.timesteps - 1)
-        low = table[i.long()]
-        return low + (t + 1 - i) * (table[i.long() + 1] - low)
+        low = table.take(i.long())  # not table[i], which waits for the value of a scalar i
+        return low + (t + 1 - i) * (table.take(i.long() + 1) - low)
 
     def alpha(self, t: Tensor) -> Tensor:
         return (0.5 * self._log_abar(t)).exp()
@@ -197,7 +198,7 @@ class VPPath(Path):
     def time(self, lam: Tensor) -> Tensor:
         table, log_abar = self._table(lam), F.logsigmoid(2 * lam)
         i = torch.searchsorted(-table, -log_abar).clamp(1, self.timesteps)
-        high, low = table[i - 1], table[i]
+        high, low = table.take(i - 1), table.take(i)
         return i - 2 + ((high - log_abar) / (high - low).clamp(min=1e-30)).clamp(0, 1)
 
 
@@ -251,7 +252,7 @@ def _trailing(path: Path, n: int, t_start: float | None, t_end: float | None) ->
     start, end = _ends(path, t_start, t_end)
     discrete = path.timesteps is not None and t_start is None and t_end is None
     if discrete and n > path.timesteps:
-        return linspace(path, n, None, None)
+        return _evenly(path, n, None, None)
     grid = _linspace(start, end, n + 1)
     return (grid + 0.5).floor() if discrete else grid
 
@@ -260,12 +261,12 @@ def _leading(path: Path, n: int, t_start: float | None, t_end: float | None) -> 
     """floor(i T / n), i = n - 1 .. 0, then clean data. Trap: it starts below T - 1, where x_T is not yet pure noise."""
     _refuse_ends("leading", path, t_start, t_end)
     if n > path.timesteps:
-        return linspace(path, n, None, None)
+        return _evenly(path, n, None, None)
     times = torch.arange(n - 1, -1, -1, device="cpu") * path.timesteps // n
     return F.pad(times.to(torch.float64), (0, 1), value=path.t_clean)
 
 
-def linspace(path: Path, n: int, t_start: float | None, t_end: float | None) -> Tensor:
+def _evenly(path: Path, n: int, t_start: float | None, t_end: float | None) -> Tensor:
     """n equally spaced times from t_max to t_min, then clean data; n + 1 times if t_end is given."""
     return _with_clean(path, n, t_start, t_end, _linspace)
 
@@ -287,48 +288,47 @@ def _uniform_logsnr(path: Path, n: int, t_start: float | None, t_end: float | No
     return F.pad(_in_lambda(path, n, t_start, path.t_min)[:-1], (0, 1), value=path.t_clean)
 
 
-def _uniform(path: Path, n: int, t_start: float | None, t_end: float | None) -> Tensor:
-    """The official DDIM / PLMS grid: range(0, T, T // n) + 1, then t = 0.
+def ddim_timesteps(method: str, n: int, timesteps: int) -> np.ndarray:
+    """The times of the two official DDIM / PLMS grids, ascending, int64. Their traps are kept:
 
-    Traps, kept: it is not always n steps (30 -> 31, 7 -> 8), it starts below T - 1 and stops at abar_0, not at clean
-    data. Where its first time would be T (599 of the counts 1..1000 with T = 1000), which the table does not have,
-    that time is left out.
+    uniform: range(0, T, T // n) + 1. Not always n times (30 -> 31, 7 -> 8), and it starts below T - 1. Where its last
+        time would be T (599 of the counts 1..1000 with T = 1000), which no table has, that time is left out.
+    quad: int(linspace(0, sqrt(0.8 T), n)^2) + 1. Repeats its first times (50 begin 1, 1, 2, 3), so only one-step
+        samplers can use it, and it starts at 0.8 T.
     """
-    _refuse_ends("uniform", path, t_start, t_end)
-    if n > path.timesteps:
-        raise ValueError(f"grid 'uniform': got {n} steps, expected at most {path.timesteps}")
-    times = torch.arange(0, path.timesteps - 1, path.timesteps // n, dtype=torch.float64, device="cpu") + 1
-    return F.pad(times.flip(0), (0, 1), value=0.0)
+    if not 1 <= n <= timesteps:
+        raise ValueError(f"grid {method!r}: got {n} steps, expected 1 to {timesteps}")
+    if method == "uniform":
+        return np.arange(0, max(timesteps - 1, 1), timesteps // n) + min(1, timesteps - 1)
+    if method == "quad":
+        return (np.linspace(0, np.sqrt(0.8 * timesteps), n) ** 2).astype(np.int64) + 1
+    raise ValueError(f"DDIM grid: got {method!r}, expected one of {', '.join(OFFICIAL_GRIDS)}")
 
 
-def _quad(path: Path, n: int, t_start: float | None, t_end: float | None) -> Tensor:
-    """The official quadratic DDIM grid: int(linspace(0, sqrt(0.8 T), n)^2) + 1, then t = 0.
-
-    Traps, kept: it repeats its first times (50 steps begin 1, 1, 2, 4), so only one-step samplers can use it, and it
-    starts at 0.8 T and stops at abar_0.
-    """
-    _refuse_ends("quad", path, t_start, t_end)
-    times = (np.linspace(0, np.sqrt(0.8 * path.timesteps), n) ** 2).astype(int) + 1
-    return F.pad(torch.tensor(times[::-1].copy(), dtype=torch.float64, device="cpu"), (0, 1), value=0.0)
+def _official(name: str, path: Path, n: int, t_start: float | None, t_end: float | None) -> Tensor:
+    """`ddim_timesteps`, then t = 0: one more trap, it stops at abar_0 and not at clean data."""
+    _refuse_ends(name, path, t_start, t_end)
+    times = ddim_timesteps(name, n, path.timesteps)[::-1].copy()
+    return F.pad(torch.tensor(times, dtype=torch.float64, device="cpu"), (0, 1), value=0.0)
 
 
+OFFICIAL_GRIDS = ("uniform", "quad")
 GRIDS: dict[str, Callable[[Path, int, float | None, float | None], Tensor]] = {
     "trailing": _trailing,
     "leading": _leading,
-    "linspace": linspace,
+    "linspace": _evenly,
     "karras": _karras,
     "exponential": _exponential,
     "uniform_logsnr": _uniform_logsnr,
-    "uniform": _uniform,
-    "quad": _quad,
+    "uniform": partial(_official, "uniform"),
+    "quad": partial(_official, "quad"),
 }
-OFFICIAL_GRIDS = ("uniform", "quad")
 
 
 def make_grid(name: str, path: Path, n: int, *, t_start: float | None = None, t_end: float | None = None) -> Tensor:
     """n + 1 strictly decreasing times, float64 on the CPU, from t_start (default t_max) to t_end (default clean data).
 
-    Exactly n steps for every n >= 1, but for the two official grids `uniform` and `quad` (see their docstrings).
+    Exactly n steps for every n >= 1, but for the two official grids `uniform` and `quad` (see `ddim_timesteps`).
     Raises ValueError for an unknown name, n < 1, or a grid that needs a table on a path that has none.
     """
     if name not in GRIDS:
@@ -382,6 +382,7 @@ def _in_lambda(path: Path, n: int, t_start: float | None, t_end: float | None, r
         else:
             root = (-lam / rho).exp()
             lam = -rho * (root[0] + (root[1] - root[0]) * u).log()
-        return torch.cat([_linspace(start, start, 1), path.time(lam[1:-1]), _linspace(end, end, 1)][: count + 1])
+        inner = F.pad(path.time(lam[1:-1]), (1, 0), value=start)
+        return inner if count == 1 else F.pad(inner, (0, 1), value=end)
 
     return _with_clean(path, n, t_start, t_end, times)

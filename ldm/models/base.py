@@ -182,6 +182,22 @@ class BaseModel(pl.LightningModule):
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=factor)
         return {"scheduler": scheduler, "interval": "step", "frequency": 1}
 
+    def on_train_start(self) -> None:
+        """A learning rate changed on resuming counts: the restored optimiser and scheduler are scaled to it."""
+        saved = getattr(self, "_saved_learning_rate", None)
+        if not saved or saved == self.learning_rate:
+            return
+        ratio = self.learning_rate / saved
+        rank_zero_info(f"learning rate {saved:.3e} of the checkpoint -> {self.learning_rate:.3e}")
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] *= ratio
+                if "initial_lr" in group:
+                    group["initial_lr"] *= ratio
+        for entry in self.trainer.lr_scheduler_configs:
+            entry.scheduler.base_lrs = [lr * ratio for lr in entry.scheduler.base_lrs]
+        self._saved_learning_rate = None
+
     # --- weights ------------------------------------------------------------------------------------------------------
 
     def load_ckpt_path(self) -> None:
@@ -209,9 +225,11 @@ class BaseModel(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["class_names"] = self.class_names
+        checkpoint["learning_rate"] = self.learning_rate
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.class_names = checkpoint.get("class_names")
+        self._saved_learning_rate = checkpoint.get("learning_rate")
 
 
 def _bare(name: str) -> str:

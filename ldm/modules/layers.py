@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 
-
 def patches3x3(x: Tensor, stride: int, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Every 3x3 neighbourhood of x [B, C, H, W], padded by one, as a row [B, h, w, 9 C], and the weight as [C', 9 C].
 

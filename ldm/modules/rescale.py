@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.autoencoder import AttnBlock, Decoder, Downsample, Encoder, Normalize, ResnetBlock, Upsample
+from ldm.modules.distributions import DiagonalGaussianDistribution
 from ldm.util import instantiate_from_config
 
 
@@ -280,7 +281,7 @@ class FirstStagePostProcessor(nn.Module):
     @torch.no_grad()
     def encode_with_pretrained(self, x: Tensor) -> Tensor:
         code = self.pretrained_model.encode(x)
-        return code.mode() if hasattr(code, "mode") else code
+        return code.mode() if isinstance(code, DiagonalGaussianDistribution) else code
 
     def forward(self, x: Tensor) -> Tensor:
         z = F.silu(self.proj(self.proj_norm(self.encode_with_pretrained(x))))

@@ -190,7 +190,7 @@ def test_caption_without_image(capsys, tmp_path):
 
 
 def test_label_out_of_range(capsys, tmp_path):
-    message = fails(capsys, *train(tmp_path, "model.params.network_config.params.num_classes=5"))
+    message = fails(capsys, *train(tmp_path, "model.params.num_classes=5"))
     assert "label" in message and "5" in message
 
 
@@ -248,7 +248,7 @@ def test_the_platform_has_no_such_signal(monkeypatch, tmp_path):
     monkeypatch.delattr(signal, "SIGUSR1")
     callback = Signals(RunDirectory(tmp_path, "now", "", ""))
     before = signal.getsignal(signal.SIGINT)
-    callback.setup(None, None, "fit")
+    callback.on_train_start(None, None)
     assert signal.getsignal(signal.SIGINT) != before
     callback.teardown(None, None, "fit")
     assert signal.getsignal(signal.SIGINT) == before

@@ -1,5 +1,6 @@
 """Runs main.py and the scripts as a user does: in this process for speed, or in another one where signals matter."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ def run_main(*argv):
     """Exit code of main.py, called in this process."""
     import main
 
+    for name in [n for n in logging.root.manager.loggerDict if n.startswith("lightning")]:
+        for handler in logging.getLogger(name).handlers:
+            handler.stream = sys.stderr  # pytest gives each test another one
     threads = torch.get_num_threads()
     try:
         return main.main([str(a) for a in argv])

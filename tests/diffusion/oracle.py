@@ -5,7 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.diffusion.schedule import FlowPath, Path, VEPath, VPPath, make_beta_schedule
+from ldm.diffusion.schedule import (
+    FlowPath,
+    Path,
+    VEPath,
+    VPPath,
+    make_beta_schedule,
+    rescale_betas_zero_snr,
+)
 
 
 @dataclass
@@ -29,6 +36,14 @@ class Mixture:
 
 def vp_path(timesteps: int = 1000, start: float = 0.00085, end: float = 0.012) -> VPPath:
     return VPPath((1 - make_beta_schedule("linear", timesteps, start, end)).cumprod())
+
+
+def cosine_path() -> VPPath:
+    return VPPath((1 - make_beta_schedule("cosine", 1000)).cumprod())
+
+
+def zero_snr_path() -> VPPath:
+    return VPPath((1 - rescale_betas_zero_snr(make_beta_schedule("linear", 1000, 0.00085, 0.012))).cumprod())
 
 
 PATHS: dict[str, Path] = {"vp": vp_path(), "ve": VEPath(), "flow": FlowPath()}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion import official
 from ldm.diffusion.schedule import make_beta_schedule
+from ldm.modules.quantize import VectorQuantizer2
 from ldm.modules.unet import UNetModel
 from tests.reference import compare, filler
 
@@ -121,7 +122,7 @@ def test_no_step_count_fails(model: NoisePredictor) -> None:
     for steps in range(1, 1001):
         sampler.make_schedule(steps, verbose=False)
         assert sampler.ddim_timesteps.max() < 1000
-        assert np.isfinite(sampler.ddim_sigmas).all()
+        assert sampler.ddim_sigmas.isfinite().all()
 
 
 def test_image_to_image_at_any_strength(model: NoisePredictor) -> None:
@@ -142,23 +143,30 @@ def test_image_to_image_at_any_strength(model: NoisePredictor) -> None:
 
 
 def test_quantised_x0_replaces_only_the_signal(model: NoisePredictor) -> None:
-    """DDIM with a codebook: x_s = sqrt(abar_s) round(x0) + the noise part of the unrounded prediction."""
-
-    class Rounding:
-        def quantize(self, z: Tensor) -> tuple[Tensor, None, None]:
-            return z.round(), None, None
-
+    """DDIM with a codebook: x_s = sqrt(abar_s) code(x0) + the noise part of the unsnapped prediction."""
+    codebook = filler.fill(VectorQuantizer2(16, 4, beta=0.25), 1)
     fx = compare.load(FIXTURES / "sampler_ddim_eta0.json")
     x = compare.inputs(fx)
-    model.first_stage_model = Rounding()
+    model.first_stage_model = nn.ModuleDict()
+    model.first_stage_model.quantize = codebook
     seen: list[Tensor] = []
     options = {"x_T": x["x_T"], "verbose": False, "log_every_t": 1, "img_callback": lambda x0, i: seen.append(x0)}
     _, inter = official.DDIMSampler(model).sample(2, 2, (4, 8, 8), x["c"], quantize_x0=True, **options)
     del model.first_stage_model
     plain = official.DDIMSampler(model).sample(2, 2, (4, 8, 8), x["c"], **(options | {"img_callback": None}))[1]
-    assert torch.equal(seen[0], plain["pred_x0"][1].round())
+    assert torch.equal(seen[0], codebook(plain["pred_x0"][1])[0])
     shift = model.alphas_cumprod[1].sqrt() * (seen[0] - plain["pred_x0"][1])
     torch.testing.assert_close(inter["x_inter"][1], plain["x_inter"][1] + shift)
+
+
+def test_functions_by_their_official_names() -> None:
+    abar = np.cumprod(1 - make_beta_schedule("linear", 1000, 0.00085, 0.012))
+    times = official.make_ddim_timesteps("uniform", 50, 1000)
+    assert times.tolist() == [*range(1, 1000, 20)]
+    sigmas, alphas, alphas_prev = official.make_ddim_sampling_parameters(abar, times, 1.0, verbose=False)
+    assert alphas_prev[0] == abar[0] and np.array_equal(alphas_prev[1:], alphas[:-1]) and sigmas.shape == (50,)
+    betas = official.betas_for_alpha_bar(1000, lambda t: np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2)
+    np.testing.assert_allclose(betas, make_beta_schedule("cosine", 1000), rtol=1e-9)
 
 
 def test_settings_that_cannot_work(model: NoisePredictor) -> None:

@@ -1,0 +1,212 @@
+"""Conditions of latent diffusion: from a batch, from classes or prompts, and their absence for guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.models.base import BaseModel
+from ldm.models.diffusion.classes import ClassLabels
+from ldm.models.diffusion.wrapper import joined
+from ldm.modules.conditioners import ClassEmbedder
+from ldm.modules.distributions import DiagonalGaussianDistribution
+from ldm.modules.prompts import TextEmbedder
+from ldm.util import UserError, instantiate_from_config
+
+FIRST_STAGE, UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__"
+IMAGENET_AND_NULL = 1001  # rows of the class table of cin256-v2, the last one null
+
+
+class Conditioning(ClassLabels, FirstStage):
+    """A latent recipe with a `cond_stage_model`. Subclasses call `init_cond_stage` when the first stage is there."""
+
+    model: nn.Module
+    cond_stage_model: nn.Module | None
+    cond_stage_trainable: bool
+    cond_stage_forward: str | None  # method of the conditioner to call; None = encode or forward
+    concat_keys: Sequence[str]  # maps of the batch that go to the input's channels, in this order
+    masked_image_key: str  # the one of them that is a picture and is encoded; the others are resized
+
+    def init_cond_stage(self, config: Mapping[str, Any] | str, num_classes: int | None) -> None:
+        """Builds the conditioner; config may be `__is_first_stage__` or `__is_unconditional__`."""
+        if self.cond_stage_trainable and config in (FIRST_STAGE, UNCONDITIONAL):
+            raise UserError(f"cond_stage_config {config} cannot be trained: set cond_stage_trainable to false")
+        if config == UNCONDITIONAL:
+            self.cond_stage_model = None
+        elif config == FIRST_STAGE:
+            self.cond_stage_model = self.first_stage_model
+        else:
+            if num_classes is not None and self.conditioning_key != "adm":
+                params = self.class_config(config.get("params") or {}, num_classes, "n_classes")
+                config = {**config, "params": params}
+            self.cond_stage_model = instantiate_from_config(config)
+            if not self.cond_stage_trainable:
+                self.cond_stage_model.eval().requires_grad_(False)
+        if isinstance(self.cond_stage_model, ClassEmbedder):
+            rows = self.cond_stage_model.embedding.num_embeddings
+            self.has_null_class = self.cond_dropout > 0 or rows == IMAGENET_AND_NULL
+            self.num_classes = rows - self.has_null_class
+
+    @property
+    def conditioning_key(self) -> str | None:
+        """Where the condition enters the network, see DiffusionWrapper."""
+        return self.model.conditioning_key
+
+    @property
+    def tolerated_keys(self) -> tuple[str, ...]:
+        """Prefixes of keys that a checkpoint may have or lack: this recipe's and its stages'."""
+        found = ["model_ema.", "lvlb_weights", "logvar", "scale_factor", "ddim_", "first_stage_model.model_ema."]
+        for name in ("first_stage_model", "cond_stage_model"):
+            found += [f"{name}.{key}" for key in getattr(getattr(self, name), "tolerated_keys", ())]
+        return tuple(found)
+
+    # --- from a batch -------------------------------------------------------------------------------------------------
+
+    def condition_input(self, batch: Mapping[str, Any], x: Tensor | None, key: str) -> Any:
+        """What the conditioner gets: the batch itself for classes, texts, tokens, or a map [B, C, H, W].
+
+        In training, entries are made null with probability `cond_dropout`.
+        """
+        if key == self.first_stage_key:
+            return x
+        value = self.value_of(batch, key)
+        if key == "class_label" and self.conditioning_key != "adm":
+            return {**batch, key: self.drop_labels(value)}
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and value.ndim > 2:
+                return BaseModel.get_input(self, batch, key)
+            return self.drop_labels(value) if self.num_classes is not None else value
+        return self.drop_texts(value)
+
+    def drop_texts(self, texts: Sequence[str]) -> list[str]:
+        """In training, each text becomes empty with probability `cond_dropout`."""
+        if not (self.training and self.cond_dropout):
+            return list(texts)
+        drop = (torch.rand(len(texts), device="cpu") < self.cond_dropout).tolist()
+        return ["" if d else text for d, text in zip(drop, texts, strict=True)]
+
+    def get_learned_conditioning(self, c: Any) -> Tensor | Any:
+        """Input of the conditioner -> its embedding. Text is read literally: brackets are no weights."""
+        model = self.cond_stage_model
+        if self.cond_stage_forward is not None:
+            return getattr(model, self.cond_stage_forward)(c)
+        if model is self.first_stage_model:
+            out = self.encode_first_stage(c)
+        elif isinstance(model, TextEmbedder) or not callable(getattr(model, "encode", None)):
+            out = model(c)
+        else:
+            out = model.encode(c)
+        return out.mode() if isinstance(out, DiagonalGaussianDistribution) else out
+
+    def concat_maps(self, batch: Mapping[str, Any], size: Sequence[int]) -> list[Tensor]:
+        """The maps that `concat_keys` names, each [B, c, *size]: pictures encoded, masks resized (nearest)."""
+        maps = []
+        for key in self.concat_keys:
+            x = BaseModel.get_input(self, batch, key)
+            if key == self.masked_image_key:
+                maps.append(self.get_first_stage_encoding(self.encode_first_stage(x)))
+            else:
+                maps.append(F.interpolate(x, size=tuple(size)))
+        return maps
+
+    def with_maps(self, c: Any, maps: list[Tensor]) -> Any:
+        """An embedding with the maps of `concat_keys`: one tensor for concat, {c_concat, c_crossattn} for hybrid."""
+        if not maps:
+            return c
+        if self.conditioning_key == "concat":
+            return torch.cat([c, *maps], dim=1)
+        return {"c_concat": [torch.cat(maps, dim=1)], "c_crossattn": [c]}
+
+    @torch.no_grad()
+    def get_cond(self, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """The condition of a batch in the form that `sample` takes; the image itself is not needed for it."""
+        if self.conditioning_key is None:
+            return None
+        image = self.first_stage_key
+        x = BaseModel.get_input(self, batch, image) if self.cond_stage_key == image else None
+        maps = []
+        if self.concat_keys:
+            picture = self.masked_image_key if self.masked_image_key in self.concat_keys else self.concat_keys[0]
+            height, width = self.value_of(batch, picture).shape[1:3]
+            maps = self.concat_maps(batch, (height // self.downsampling, width // self.downsampling))
+        c = self.get_learned_conditioning(self.condition_input(batch, x, self.cond_stage_key))
+        return self.as_condition(self.with_maps(c, maps))
+
+    def as_condition(self, cond: Any) -> dict[str, Tensor]:
+        """Any official form of a condition (tensor, list, dict of lists) -> {c_concat, c_crossattn, y}."""
+        if cond is None or self.conditioning_key is None:
+            return {}
+        if isinstance(cond, Mapping):
+            return {k: joined(v) for k, v in cond.items()}
+        name = {"concat": "c_concat", "adm": "y"}.get(self.conditioning_key, "c_crossattn")
+        return {name: joined(cond)}
+
+    # --- from classes or prompts --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def condition(
+        self,
+        seeds: Sequence[int],
+        *,
+        classes: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | None = None,
+        clip_skip: int = 1,
+        long_prompt: bool = False,
+        weights: bool = True,
+    ) -> dict[str, Any] | None:
+        """The condition of each seed, with its absence as `uncond` where the model knows one.
+
+        Args:
+            classes: one each, or one for all; None = seed modulo number of classes.
+            prompts: one each, or one for all; None = empty. negative_prompt: takes the place of the empty one.
+            clip_skip, long_prompt, weights: see `TextEmbedder.encode`.
+        """
+        if self.conditioning_key is None:
+            return BaseModel.condition(self, seeds, classes=classes, prompts=prompts, negative_prompt=negative_prompt)
+        if isinstance(self.cond_stage_model, TextEmbedder):
+            if classes is not None:
+                raise UserError("the model was trained on texts: it takes no class, give a prompt")
+            texts = self._one_each(list(prompts or [""]), len(seeds))
+            return self._text_condition(texts, negative_prompt or "", clip_skip, long_prompt, weights)
+        if self.num_classes is not None:
+            labels = self.class_labels(seeds, classes, prompts or negative_prompt, self.betas.device)
+            cond = self._class_condition(labels)
+            if self.null_class is not None:
+                cond["uncond"] = self._class_condition(torch.full_like(labels, self.null_class))
+            return cond
+        raise UserError(
+            f"the model is conditioned on batch[{self.cond_stage_key!r}], not on classes or prompts: "
+            "its condition comes from a data set"
+        )
+
+    @staticmethod
+    def _one_each(texts: list[str], n: int) -> list[str]:
+        texts = texts * n if len(texts) == 1 else texts
+        if len(texts) != n:
+            raise UserError(f"got {len(texts)} prompts for {n} pictures, expected one each (or one for all)")
+        return texts
+
+    def _class_condition(self, labels: Tensor) -> dict[str, Any]:
+        if isinstance(self.cond_stage_model, ClassEmbedder):
+            return {"c_crossattn": self.cond_stage_model({self.cond_stage_model.key: labels})}
+        return {"y": labels}
+
+    def _text_condition(
+        self, texts: list[str], negative: str, clip_skip: int, long_prompt: bool, weights: bool
+    ) -> dict[str, Any]:
+        model = self.cond_stage_model
+        options: dict[str, Any] = {}
+        if model.per_token:
+            options = {"clip_skip": clip_skip, "long_prompt": long_prompt, "weights": weights}
+            if long_prompt:  # both sides of guidance need the same length
+                options["min_chunks"] = model.chunk_count([*texts, negative], weights)
+        try:
+            cond, uncond = model.encode(texts, **options), model.encode([negative] * len(texts), **options)
+        except ValueError as e:
+            raise UserError(str(e)) from e
+        return {"c_crossattn": cond, "uncond": {"c_crossattn": uncond}}

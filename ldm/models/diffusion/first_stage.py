@@ -1,0 +1,176 @@
+"""The two stages around a latent diffusion model that it does not train itself: pictures to latents and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from ldm.models.autoencoder import VQModel, VQModelInterface
+from ldm.models.base import BaseModel
+from ldm.modules.distributions import DiagonalGaussianDistribution
+from ldm.util import UserError, instantiate_from_config
+
+MEASURED_IMAGES = 1000  # at least so many decide the latent scale
+
+
+class FirstStage(BaseModel):
+    """A recipe with a frozen `first_stage_model` whose latents are multiplied by `scale_factor`.
+
+    Subclasses call `init_first_stage`.
+    """
+
+    first_stage_key: str
+    first_stage_model: nn.Module
+    scale_factor: Tensor | float
+    missing_weights: str | None = None  # a file that the config names and that is not there
+
+    def init_first_stage(self, config: Mapping[str, Any] | str, scale_factor: float | str, scale_by_std: bool) -> None:
+        """Builds the first stage and freezes it.
+
+        Args:
+            config: `{target, params}`, or the path of a run directory or checkpoint of this project.
+            scale_factor: a number, or "auto": 1 / standard deviation of the latents of at least 1,000 training images,
+                measured before the first step.
+            scale_by_std: the official rule instead: of the first batch.
+        """
+        if scale_by_std and scale_factor != 1.0:
+            raise UserError(f"scale_by_std measures the scale: leave scale_factor at 1, got {scale_factor}")
+        if isinstance(scale_factor, str) and scale_factor != "auto":
+            raise UserError(f"scale_factor: got {scale_factor!r}, expected a number or auto")
+        self.scale_by_std, self.scale_from_data = scale_by_std, scale_factor == "auto"
+        if self.scale_by_std or self.scale_from_data:
+            self.register_buffer("scale_factor", torch.tensor(1.0))  # 1 = not measured yet
+        else:
+            self.scale_factor = scale_factor
+        model = self.first_stage_of_run(config) if isinstance(config, str) else self.instantiate_first_stage(config)
+        self.first_stage_model = model.eval().requires_grad_(False)
+
+    def first_stage_of_run(self, path: str) -> nn.Module:
+        """The first stage of a run directory or checkpoint, with averaged weights where there are some."""
+        from ldm.generate import load_run
+
+        model, _ = load_run(path)
+        if not (hasattr(model, "encode") and hasattr(model, "decode")):
+            raise UserError(f"first stage {path} is a {type(model).__name__}, expected an autoencoder")
+        if isinstance(model, BaseModel) and model.use_ema:
+            model.model_ema.copy_to(model)
+            del model.model_ema
+        if "loss" in model._modules:  # perceptual network and discriminator have done their work
+            model._modules["loss"] = nn.Identity()
+        return model
+
+    def instantiate_first_stage(self, config: Mapping[str, Any]) -> nn.Module:
+        """Builds `config`; a weights file that is not there is only an error once latents are asked for.
+
+        The checkpoint of a latent diffusion model holds its first stage, and official YAMLs name files that a reader
+        of such a checkpoint does not have.
+        """
+        params = dict(config.get("params") or {})
+        path = params.get("ckpt_path")
+        if path is not None and not Path(path).is_file():
+            self.missing_weights = path
+            params["ckpt_path"] = None
+            self.register_load_state_dict_post_hook(_weights_came)
+        return instantiate_from_config({**config, "params": params})
+
+    # --- pictures and latents -----------------------------------------------------------------------------------------
+
+    def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:
+        """Pictures [B, C, H, W] -> what the first stage makes of them: a posterior, or latents before quantisation."""
+        if self.missing_weights is not None:
+            raise UserError(
+                f"first_stage_config.params.ckpt_path: {self.missing_weights} does not exist, so the first stage has no "
+                "weights; put them there, or set first_stage=logs/<run> of one that you trained"
+            )
+        stage = self.first_stage_model
+        with torch.no_grad():
+            x = x.to(dtype_of(stage, x.dtype))
+            return stage.encode_to_prequant(x) if isinstance(stage, VQModel) else stage.encode(x)
+
+    def get_first_stage_encoding(self, encoder_posterior: DiagonalGaussianDistribution | Tensor) -> Tensor:
+        """A sample of the posterior (or the latents as they are) times `scale_factor`, float32."""
+        if isinstance(encoder_posterior, DiagonalGaussianDistribution):
+            encoder_posterior = encoder_posterior.sample()
+        return self.scale_factor * encoder_posterior.float()
+
+    def differentiable_decode_first_stage(
+        self, z: Tensor, predict_cids: bool = False, force_not_quantize: bool = False
+    ) -> Tensor:
+        """`decode_first_stage` with gradients."""
+        stage = self.first_stage_model
+        if predict_cids:  # z holds logits of codes, [B, codes, h, w], or the codes themselves
+            codes = z.argmax(dim=1) if z.ndim == 4 else z
+            entries = stage.quantize.get_codebook_entry(codes.reshape(-1))
+            z = entries.reshape(*codes.shape, -1).permute(0, 3, 1, 2)
+        z = (z / self.scale_factor).to(dtype_of(stage, z.dtype))
+        as_it_is = predict_cids or force_not_quantize
+        if isinstance(stage, VQModelInterface):
+            return stage.decode(z, force_not_quantize=as_it_is).float()
+        if isinstance(stage, VQModel) and not as_it_is:
+            z = stage.quantize(z)[0]
+        return stage.decode(z).float()
+
+    @torch.no_grad()
+    def decode_first_stage(self, z: Tensor, predict_cids: bool = False, force_not_quantize: bool = False) -> Tensor:
+        """Latents [B, C, h, w] -> pictures [B, 3, H, W].
+
+        predict_cids: z holds codes or their logits. force_not_quantize: a VQ model decodes z without its codebook.
+        """
+        return self.differentiable_decode_first_stage(z, predict_cids, force_not_quantize)
+
+    @property
+    def downsampling(self) -> int:
+        """Pictures are so many times as high and wide as latents."""
+        return 2 ** (getattr(getattr(self.first_stage_model, "encoder", None), "num_resolutions", 1) - 1)
+
+    # --- the scale of the latents -------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.scale_from_data and self.trainer.global_step == 0 and float(self.scale_factor) == 1.0:
+            # neither the order of the data nor the noise of the run depends on whether the scale was measured
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                batches = (self.transfer_batch_to_device(b, self.device, 0) for b in self.trainer.train_dataloader)
+                self.measure_scale(batches, MEASURED_IMAGES)
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The official rule: 1 / standard deviation of the first batch's latents, unless a checkpoint brought one."""
+        first = self.scale_by_std and self.current_epoch == 0 and self.global_step == 0 and batch_idx == 0
+        if first and float(self.scale_factor) == 1.0:
+            self.measure_scale([batch], 1)
+
+    @torch.no_grad()
+    def measure_scale(self, batches: Any, images: int) -> None:
+        """Sets `scale_factor` from at least so many images (or all that there are)."""
+        seen, moments = 0, torch.zeros(3, dtype=torch.float64)
+        for batch in batches:
+            x = BaseModel.get_input(self, batch, self.first_stage_key)
+            z = self.get_first_stage_encoding(self.encode_first_stage(x)).cpu().double()
+            moments += torch.stack([torch.ones_like(z).sum(), z.sum(), (z**2).sum()])
+            seen += len(x)
+            if seen >= images:
+                break
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            moments = moments.to(self.scale_factor.device)
+            torch.distributed.all_reduce(moments)
+        n, total, squares = moments.tolist()
+        scale = ((squares - total**2 / n) / (n - 1)) ** -0.5
+        self.scale_factor.fill_(scale)
+        rank_zero_info(f"scale_factor {scale:.5f} = 1 / standard deviation of the latents of {seen} training images")
+        for logger in self.loggers:
+            logger.log_metrics({"scale_factor": scale}, step=0)
+
+
+def dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of a module's weights."""
+    return next((p.dtype for p in module.parameters()), default)
+
+
+def _weights_came(module: FirstStage, incompatible: Any) -> None:
+    if not any(k.startswith("first_stage_model.") for k in incompatible.missing_keys):
+        module.missing_weights = None
