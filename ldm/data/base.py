@@ -128,16 +128,22 @@ def resize_arrays(images: np.ndarray, size: tuple[int, int] | None, channels: in
 
 
 def stratified_split(labels: np.ndarray, shares: Mapping[str, float], seed: int = 0) -> dict[str, np.ndarray]:
-    """Cuts 0..len-1 into named parts with the same class shares; the last part gets the rest. Sorted indices."""
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in shares}
-    for c in np.unique(labels):
-        members = np.random.default_rng((seed, int(c))).permutation(np.flatnonzero(labels == c))
-        at = 0
-        for i, (name, share) in enumerate(shares.items()):
-            end = len(members) if i == len(shares) - 1 else at + round(share * len(members))
-            parts[name].append(members[at:end])
-            at = end
-    return {name: np.sort(np.concatenate(p)) if p else np.empty(0, np.int64) for name, p in parts.items()}
+    """Cuts 0..len-1 into named parts with the same class shares; the last part gets the rest. Sorted indices.
+
+    Each part holds `round(share * len)` images; a class's count in it is off by less than one image.
+    """
+    left = [np.random.default_rng((seed, int(c))).permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
+    sizes = np.array([len(members) for members in left])
+    parts: dict[str, np.ndarray] = {}
+    for name, share in list(shares.items())[:-1]:
+        exact = share * sizes
+        counts = np.floor(exact).astype(int)
+        most_owed = np.argsort(counts - exact, kind="stable")
+        counts[most_owed[: round(share * len(labels)) - counts.sum()]] += 1
+        parts[name] = np.sort(np.concatenate([m[:k] for m, k in zip(left, counts, strict=True)]))
+        left = [m[k:] for m, k in zip(left, counts, strict=True)]
+    parts[list(shares)[-1]] = np.sort(np.concatenate(left))
+    return parts
 
 
 # --- data sets --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from ldm.data.base import ArrayDataset, Size, check_channels, parse_size, resize_arrays, stratified_split
 from ldm.util import UserError
 
-SHARES = {"test": 0.2, "validation": 0.1, "train": 0.7}
+SHARES = {"test": 360 / 1797, "validation": 180 / 1797, "train": 1257 / 1797}
 
 
 class Digits(ArrayDataset):
@@ -17,7 +17,7 @@ class Digits(ArrayDataset):
     Batches hold `image` float32 [B, size, size, channels] in [-1, 1] (ink is light) and `class_label` int64 [B].
 
     Args:
-        split: train (70 %), validation (10 %), test (20 %), or all. Stratified; fixed by `seed`.
+        split: train (1,257 images), validation (180), test (360), or all. Stratified; fixed by `seed`.
         size: pixels, or [height, width]; the 8x8 originals are upscaled by a bicubic filter.
         channels: 1 or 3.
         flip_p: probability of a left-right flip (0: mirrored digits are no digits).

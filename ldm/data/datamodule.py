@@ -251,7 +251,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         """
         epoch, batch = self._start
         trained = self._batches_trained() - self._resumed.get("total", 0)
-        if not trained or self.trainer.num_training_batches == float("inf"):  # the loader is not set up yet
+        # without a Trainer, or before it has a loader, nothing was trained yet
+        if self.trainer is None or not trained or self.trainer.num_training_batches == float("inf"):
             return epoch, batch
         per_epoch = int(self.trainer.num_training_batches)
         return divmod(epoch * per_epoch + batch + trained, per_epoch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.base import CROP_X, CROP_Y, Size, check_channels, data_dir, parse_size
+from ldm.data.base import CAPTION, CROP_X, CROP_Y, Size, check_channels, data_dir, parse_size
 from ldm.data.entries import Entries, choose_split, find_entries
-from ldm.data.image import FileImages
+from ldm.data.image import FileImages, pick
 from ldm.data.pixels import Fit
 from ldm.data.sources import Folder
 from ldm.util import UserError
@@ -200,7 +201,9 @@ class FileList(FileImages):
         fields = super().fields(indices, draws)
         fields["file_path_"] = [self.source.where(n) for n in fields["relpath"]]
         if self.entries.captions is not None:
-            fields["caption"] = [self.entries.captions[i][0] for i in indices]
+            fields["caption"] = [
+                pick(self.entries.captions[i], u) for i, u in zip(indices, draws[:, CAPTION], strict=True)
+            ]
         return fields
 
     def get_batch(self, indices: Sequence[int], stream: int = 0) -> dict[str, Any]:
@@ -299,3 +302,64 @@ class CustomTest(FileList):
 
     def __init__(self, size: Size, test_images_list_file: str, channels: int = 3) -> None:
         super().__init__(test_images_list_file, None, size, channels=channels)
+
+
+class CocoImagesAndCaptionsTrain(FileList):
+    """COCO 2017 with captions, and label maps if asked for (keys `image`, `caption`, `segmentation`).
+
+    Args:
+        size: pixels the shorter side is scaled to.
+        crop_size: cut this out; at a random place in training.
+        onehot_segmentation: adds `segmentation` [B, H, W, 183]: the label plus 1, 0 where there is none.
+        use_stuffthing: label maps of things and stuff (stuffthingmaps/), else of stuff alone (stuffmaps/).
+        channels: 1 or 3.
+        data_root: folder of annotations/, train2017/, val2017/ and the label maps; default `coco/` in the data folder.
+    """
+
+    split = "train"
+
+    def __init__(
+        self,
+        size: Size,
+        crop_size: Size | None = None,
+        onehot_segmentation: bool = False,
+        use_stuffthing: bool = False,
+        channels: int = 3,
+        data_root: str | None = None,
+    ) -> None:
+        root = Path(data_root).expanduser() if data_root else data_dir() / "coco"
+        part = "train2017" if self.split == "train" else "val2017"
+        names, captions = self._captions(root, part)
+        maps = str(root / ("stuffthingmaps" if use_stuffthing else "stuffmaps") / part) if onehot_segmentation else None
+        super().__init__(
+            names,
+            str(root / part),
+            size,
+            crop_size,
+            channels=channels,
+            segmentation_root=maps,
+            n_labels=183,
+            shift_segmentation=True,
+        )
+        # by name: unreadable files may have been left out
+        self.entries.captions = [captions[n] for n in self.entries.names]
+
+    def _captions(self, root: Path, part: str) -> tuple[list[str], dict[str, list[str]]]:
+        file = root / "annotations" / f"captions_{part}.json"
+        try:
+            info = json.loads(file.read_text(encoding="utf-8"))
+            files = {i["id"]: i["file_name"] for i in info["images"]}
+            captions: dict[str, list[str]] = {}
+            for note in info["annotations"]:
+                captions.setdefault(files[note["image_id"]], []).append(note["caption"].strip())
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(
+                f"{type(self).__name__} needs {file} (here: {type(e).__name__} {e}) and the images in {root / part}: "
+                "get annotations_trainval2017.zip, train2017.zip and val2017.zip from https://cocodataset.org; "
+                "for your own pictures: data.params.root=FOLDER"
+            ) from e
+        return sorted(captions), captions
+
+
+class CocoImagesAndCaptionsValidation(CocoImagesAndCaptionsTrain):
+    split = "validation"

@@ -180,6 +180,11 @@ def _stack(arrays: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(arrays))
 
 
+def pick(texts: Sequence[str], u: float) -> str:
+    """One of several captions, by a random number in [0, 1)."""
+    return texts[int(u * len(texts))]
+
+
 def available_cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -262,7 +267,6 @@ class ImageFolder(FileImages):
 
     def _caption(self, index: int, u: float) -> str:
         if self.entries.captions is not None:
-            texts = self.entries.captions[index]
-            return texts[int(u * len(texts))]
+            return pick(self.entries.captions[index], u)
         names = self.entries.class_names
         return names[self.entries.labels[index]].replace("_", " ") if len(names) > 1 else ""

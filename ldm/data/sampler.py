@@ -81,7 +81,7 @@ class Streamed(Dataset):
         seed: of the run.
     """
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: Any, seed: int = 0) -> None:
         self.dataset, self.seed = dataset, seed
 
     def __len__(self) -> int:

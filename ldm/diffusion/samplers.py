@@ -5,7 +5,8 @@
 denoise(x, t) -> x0 is any denoiser (conditions, guidance and clipping are closures around it: guidance.py); grid
 [n + 1] holds decreasing times (schedule.make_grid); x [B, ...] is the noise at grid[0]; randn(x) gives all noise that
 is used. project(x, t), if given, edits x before each step (inpainting). callback(i, t, x, x0), if given, is called
-after step i with its new time and state and the x0 it used; a true result ends the loop there.
+after step i with its new time, its new state (which it may change in place) and the x0 it used; a true result ends
+the loop there.
 
 All are steps of one family (DDIM, Song et al. 2020): read x_t = alpha x0 + sigma eps, and write x0 and eps with the
 next alpha and sigma:
@@ -13,8 +14,8 @@ next alpha and sigma:
     x_s = (sigma_s / sigma_t) x_t + (alpha_s - alpha_t sigma_s / sigma_t) x0
 
 With z = x / alpha and rho = sigma / alpha this is Euler's method for dz / drho = eps, whatever the path. t is the time
-of the step, s the next, lam = log(alpha / sigma), h = lam_s - lam_t. The last step is first order
-wherever a formula would need the slope at its end, because that is usually clean data, where eps is not defined.
+of the step, s the next, lam = log(alpha / sigma), h = lam_s - lam_t. The last step is first order wherever a formula
+would need the slope at its end, because that is usually clean data, where eps is not defined.
 """
 
 import inspect

@@ -23,7 +23,7 @@ class AdversarialModel(BaseModel):
     `disc_start` counts) all mean that, however many optimisers and batches it takes.
 
     Args:
-        accumulate: batches per update.
+        accumulate: batches per update; what is left at the end of an epoch makes an update too.
         clip: largest gradient norm, of the generator and of the discriminator apart; None for no limit.
 
     `accumulate_grad_batches` and `gradient_clip_val` of the Trainer, which Lightning refuses for two optimisers, are
@@ -88,14 +88,15 @@ class AdversarialModel(BaseModel):
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
-    def on_train_epoch_start(self) -> None:
-        self._window = []
+    def _window_ends(self, batch_idx: int) -> bool:
+        # not trainer.is_last_batch, which is wrong for the first batch after resuming at the end of an epoch
+        return len(self._window) >= self.accumulate or batch_idx + 1 == self.trainer.num_training_batches
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         self._window.append(batch)
         generator, discriminator = self.optimizers()
         total = self._backward(self.generator_loss, batch, self.discriminator_parameters(), self.loss_names[0])
-        if len(self._window) < self.accumulate and not self.trainer.is_last_batch:
+        if not self._window_ends(batch_idx):
             return total
         # all batches of one network before the next: a fp16 scaler may change its scale at every step
         window, self._window = self._window, []

@@ -42,6 +42,10 @@ class Classifier(BaseModel):
             were trained with.
         use_ema: keep an exponential moving average of weights and batch-norm statistics.
         ema_decay: its decay after the warm-up.
+
+    Raises:
+        ValueError: `class_weights` of another length, unknown `normalize`.
+        UserError: `weights` that cannot be read or do not fit.
     """
 
     def __init__(
@@ -126,17 +130,15 @@ class Classifier(BaseModel):
                 f"label out of range: image {at} of the batch{self._origin(batch, at)} has class {int(labels[at])}, "
                 f"expected 0 to {self.num_classes - 1} (model.params.num_classes: {self.num_classes})"
             )
-        smallest = getattr(self.model, "min_size", 1)
-        if isinstance(x, Tensor) and min(x.shape[1:3]) < smallest:
-            raise UserError(
-                f"images of {x.shape[1]}x{x.shape[2]} are too small for {type(self.model).__name__}, which takes "
-                f"{smallest}x{smallest} and more: set model.params.network_config.params.stem=small or a larger "
-                "data.params.size"
-            )
+        if isinstance(x, Tensor) and hasattr(self.model, "check"):
+            try:
+                self.model.check(self.get_input(batch, self.first_stage_key).shape)
+            except ValueError as e:
+                raise UserError(f"{e}; see data.params.size and model.params.network_config.params") from e
 
     @staticmethod
     def _origin(batch: dict[str, Any], at: int) -> str:
-        for key in ("path", "file_path_", "index"):
+        for key in ("relpath", "file_path_", "path"):
             if key in batch:
                 return f" ({batch[key][at]})"
         return ""
@@ -198,6 +200,20 @@ class Classifier(BaseModel):
             {"params": [p for p in params if id(p) in spared], "weight_decay": 0.0},
         ]
         return super().build_optimizer([g for g in groups if g["params"]])
+
+    def build_scheduler(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """As in BaseModel; a parameter `auto` (`max_decay_steps`, `total_steps`, `T_max`) is the length of the run."""
+        written = self.scheduler_config
+        if written and "auto" in (params := dict(written.get("params") or {})).values():
+            steps = self.trainer.estimated_stepping_batches
+            if steps == float("inf"):
+                raise UserError("the schedule needs an end: set lightning.trainer.max_steps or max_epochs")
+            filled = {k: int(steps) if v == "auto" else v for k, v in params.items()}
+            self.scheduler_config = {**written, "params": filled}
+        try:
+            return super().build_scheduler(optimizer)
+        finally:
+            self.scheduler_config = written
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 

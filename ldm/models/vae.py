@@ -76,11 +76,11 @@ class VAE(BaseModel):
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
         """[B, C, H, W] in [-1, 1] -> q(z | x) over [B, latent_dim]; its mode is the feature vector."""
-        return DiagonalGaussianDistribution(self.encoder(x).float())
+        return DiagonalGaussianDistribution(_full(self.encoder(x)))
 
     def decode(self, z: Tensor) -> Tensor:
         """[B, latent_dim] -> expected images [B, C, H, W] in [-1, 1]."""
-        return self.likelihood.mean(self.decoder(z).float()).clamp(-1, 1)
+        return self.likelihood.mean(_full(self.decoder(z))).clamp(-1, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, DiagonalGaussianDistribution]:
         """Images -> (reconstructions, posterior)."""
@@ -89,7 +89,7 @@ class VAE(BaseModel):
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x | z) in nats, [B]."""
-        return self.likelihood.log_prob(x, self.decoder(z).float())
+        return self.likelihood.log_prob(x, _full(self.decoder(z)))
 
     # --- bounds -------------------------------------------------------------------------------------------------------
 
@@ -176,6 +176,11 @@ class VAE(BaseModel):
                 half = len(x) // 2
                 images["interpolation"] = _sheet(self.interpolate(mode[:half], mode[half : 2 * half]))
         return images
+
+
+def _full(x: Tensor) -> Tensor:
+    """Sums over pixels need more digits than autocast leaves."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _sheet(rows: Tensor, padding: int = 1) -> Tensor:

@@ -8,7 +8,8 @@ checkpoints.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from ldm.modules.stylegan2_ops import activation_gain, bias_act, conv2d_resample
 
 FILTER = (1, 3, 3, 1)
 NOISE_MODES = ("random", "const", "none")
+ARCHITECTURES = ("skip", "resnet", "orig")
+LOW_PRECISION = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 Randn = Callable[[Tensor], Tensor]  # template -> noise of its shape, device and dtype
 
 
@@ -258,3 +261,38 @@ class MinibatchStdLayer(nn.Module):
         y = (y + 1e-8).sqrt().mean((2, 3, 4))  # [n, F]
         y = y.repeat(size, 1)[:, :, None, None].expand(b, self.num_channels, h, w)
         return torch.cat([x, y], 1)
+
+
+class Block(nn.Module):
+    """What the blocks of both networks share: one resolution, one architecture, one precision."""
+
+    def __init__(self, resolution: int, architecture: str, use_fp16: bool, fp16_dtype: str) -> None:
+        super().__init__()
+        check_choice("architecture", architecture, ARCHITECTURES)
+        check_choice("fp16_dtype", fp16_dtype, LOW_PRECISION)
+        self.resolution, self.architecture = resolution, architecture
+        self.use_fp16, self.low_precision = use_fp16, LOW_PRECISION[fp16_dtype]
+
+    def dtype_on(self, device: torch.device, force_fp32: bool) -> torch.dtype:
+        if not self.use_fp16 or force_fp32 or (self.low_precision == torch.float16 and device.type == "cpu"):
+            return torch.float32
+        return self.low_precision
+
+
+def resolutions(img_resolution: int, lowest: int) -> list[int]:
+    if img_resolution < lowest or img_resolution & (img_resolution - 1):
+        raise ValueError(f"img_resolution: got {img_resolution}, expected a power of two, at least {lowest}")
+    return [2**i for i in range(lowest.bit_length() - 1, img_resolution.bit_length())]
+
+
+def channels_at(resolution: int, base: int, largest: int) -> int:
+    return min(base // resolution, largest)
+
+
+def in_low_precision(resolution: int, img_resolution: int, num_fp16_res: int) -> bool:
+    return resolution >= max(img_resolution * 2 // 2**num_fp16_res, 8)
+
+
+def check_choice(name: str, got: str, options: Sequence[str] | Mapping[str, Any]) -> None:
+    if got not in options:
+        raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(options)}")

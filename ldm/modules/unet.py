@@ -33,6 +33,12 @@ class _TimeUNet(nn.Module):
         """Everything between the time embedding and the output head."""
         return [self.input_blocks, self.middle_block]
 
+    def to_channels_last(self) -> None:
+        """The memory format of convolutions' weights; `.to(memory_format=...)` cannot do it under FakeTensorMode."""
+        for p in self.parameters():
+            if p.dim() == 4:
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
+
     def convert_to_fp16(self) -> None:
         """Runs the trunk in half precision; time embedding and output head stay as they are."""
         for module in self.trunk():
@@ -146,7 +152,7 @@ class UNetModel(_TimeUNet):
         if use_fp16:
             self.convert_to_fp16()
         if dims == 2:
-            self.to(memory_format=torch.channels_last)
+            self.to_channels_last()
 
     def trunk(self) -> list[nn.Module]:
         """Everything between the time embedding and the output head."""
@@ -259,7 +265,7 @@ class EncoderUNetModel(_TimeUNet):
         if use_fp16:
             self.convert_to_fp16()
         if dims == 2:
-            self.to(memory_format=torch.channels_last)
+            self.to_channels_last()
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """x [B, C, H, W], timesteps [B] -> [B, out_channels] in the dtype of x."""

@@ -53,6 +53,10 @@ def test_stratified_split_is_a_partition_with_equal_shares():
     parts = base.stratified_split(labels, {"test": 0.25, "train": 0.75})
     assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(200))
     assert np.bincount(labels[parts["test"]]).tolist() == [10] * 5
+    uneven = np.repeat(np.arange(7), [3, 11, 5, 8, 1, 2, 13])
+    parts_of = base.stratified_split(uneven, {"a": 0.3, "b": 0.25, "c": 0.45})
+    assert [len(p) for p in parts_of.values()] == [13, 11, 19]
+    assert np.abs(np.bincount(uneven[parts_of["a"]], minlength=7) - 0.3 * np.bincount(uneven)).max() < 1
     assert (base.stratified_split(labels, {"test": 0.25, "train": 0.75})["test"] == parts["test"]).all()
 
 
@@ -89,6 +93,10 @@ def test_flip_and_shift_are_what_they_say():
 
 
 def test_iterable_base_keeps_the_official_fields():
-    data = base.Txt2ImgIterableBaseDataset(num_records=3, valid_ids=["a", "b", "c"], size=64)
+    class Stream(base.Txt2ImgIterableBaseDataset):
+        def __iter__(self):
+            return iter(self.sample_ids)
+
+    data = Stream(num_records=3, valid_ids=["a", "b", "c"], size=64)
     assert (data.num_records, data.valid_ids, data.sample_ids, data.size) == (3, ["a", "b", "c"], ["a", "b", "c"], 64)
-    assert len(data) == 3
+    assert len(data) == 3 and list(data) == ["a", "b", "c"]

@@ -11,6 +11,7 @@ from ldm.diffusion import official
 from ldm.diffusion.schedule import make_beta_schedule
 from ldm.modules.quantize import VectorQuantizer2
 from ldm.modules.unet import UNetModel
+from ldm.util import instantiate_from_config
 from tests.reference import compare, filler
 
 FIXTURES = Path(compare.__file__).parent / "fixtures"
@@ -18,7 +19,7 @@ TRAJECTORIES = sorted(p.stem for p in FIXTURES.glob("sampler_*.json") if p.stem 
 
 
 class NoisePredictor(nn.Module):
-    """What a sampler sees of a latent diffusion model: a U-Net under its official name, and the schedule."""
+    """The least that a sampler needs: a U-Net under its official name, and the schedule."""
 
     def __init__(self, params: dict) -> None:
         super().__init__()
@@ -26,30 +27,35 @@ class NoisePredictor(nn.Module):
         betas = make_beta_schedule("linear", self.num_timesteps, params["linear_start"], params["linear_end"])
         self.register_buffer("betas", torch.tensor(betas, dtype=torch.float32))
         self.register_buffer("alphas_cumprod", torch.tensor((1 - betas).cumprod(), dtype=torch.float32))
-        self.model = nn.ModuleDict()
-        if "unet_config" in params and "params" in params["unet_config"]:
-            self.model["diffusion_model"] = UNetModel(**params["unet_config"]["params"])
-        self.times: list[Tensor] = []
-        self.inputs: list[Tensor] = []
+        self.model = nn.Module()
+        self.model.diffusion_model = UNetModel(**params["unet_config"]["params"])
 
     def apply_model(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        self.times.append(t[0].float())
-        self.inputs.append(x[:2])
-        return self.model["diffusion_model"](x, t, context=c)
+        return self.model.diffusion_model(x, t, context=c)
 
 
-@pytest.fixture(scope="module")
-def model() -> NoisePredictor:
+@pytest.fixture(scope="module", params=[NoisePredictor, "ldm.models.diffusion.ddpm.LatentDiffusion"])
+def model(request: pytest.FixtureRequest) -> nn.Module:
     fx = compare.load(FIXTURES / "sampler_ddim_eta0.json")
-    return filler.fill(NoisePredictor(fx["params"]), fx["seed"]).eval()
+    if isinstance(request.param, str):
+        module = instantiate_from_config({"target": request.param, "params": fx["params"]})
+    else:
+        module = request.param(fx["params"])
+    return filler.fill(module, fx["seed"]).eval()
 
 
-def run(model: NoisePredictor, fx: dict) -> dict[str, Tensor]:
-    model.times, model.inputs = [], []
+def run(model: nn.Module, fx: dict) -> dict[str, Tensor]:
+    times, inputs = [], []
+
+    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        times.append(args[1][0].float())
+        inputs.append(args[0][:2])
+
     x, options = compare.inputs(fx), dict(fx["sampler"])
     if options.pop("masked", False):
         options |= {"mask": (x["mask"] > 0.5).float(), "x0": x["x0"]}
     sampler = getattr(official, fx["target"].rpartition(".")[2])(model)
+    hook = model.get_submodule("model.diffusion_model").register_forward_pre_hook(record)
     with compare.fixed_noise(fx["noise_seed"]):
         samples, inter = sampler.sample(
             batch_size=2,
@@ -61,21 +67,22 @@ def run(model: NoisePredictor, fx: dict) -> dict[str, Tensor]:
             log_every_t=1,
             **options,
         )
-    outs = {"samples": samples, "model_t": torch.stack(model.times), "model_x": torch.stack(model.inputs)}
+    hook.remove()
+    outs = {"samples": samples, "model_t": torch.stack(times), "model_x": torch.stack(inputs)}
     if inter is not None:
         outs |= {name: torch.stack(values) for name, values in inter.items()}
     return outs
 
 
 @pytest.mark.parametrize("name", TRAJECTORIES)
-def test_trajectory(model: NoisePredictor, name: str) -> None:
+def test_trajectory(model: nn.Module, name: str) -> None:
     fx = compare.load(FIXTURES / f"{name}.json")
     outs = run(model, fx)
     assert set(fx["outputs"]) <= set(outs)
     assert compare.check(fx, {key: outs[key] for key in fx["outputs"]}) == []
 
 
-def test_random_numbers_are_drawn_as_often_and_in_the_same_order(model: NoisePredictor) -> None:
+def test_random_numbers_are_drawn_as_often_and_in_the_same_order(model: nn.Module) -> None:
     fx = compare.load(FIXTURES / "sampler_seeded_rng.json")
     x = compare.inputs(fx)
     cases = {
@@ -98,9 +105,9 @@ def test_random_numbers_are_drawn_as_often_and_in_the_same_order(model: NoisePre
         assert compare.check(fx, {name: samples, f"{name}.next_randn": torch.randn(4)}) == []
 
 
-def test_ddim_schedules() -> None:
+def test_ddim_schedules(model: nn.Module) -> None:
     fx = compare.load(FIXTURES / "ddim_schedules.json")
-    sampler = official.DDIMSampler(NoisePredictor({"timesteps": 1000, "linear_start": 0.00085, "linear_end": 0.012}))
+    sampler = official.DDIMSampler(model)
     names = {
         "timesteps": "ddim_timesteps",
         "alphas": "ddim_alphas",
@@ -116,7 +123,7 @@ def test_ddim_schedules() -> None:
         assert compare.check(fx, outs) == []
 
 
-def test_no_step_count_fails(model: NoisePredictor) -> None:
+def test_no_step_count_fails(model: nn.Module) -> None:
     """599 of the counts 1..1000 were an IndexError: the official grid asked for timestep 1000 of 1000."""
     sampler = official.DDIMSampler(model)
     for steps in range(1, 1001):
@@ -125,7 +132,7 @@ def test_no_step_count_fails(model: NoisePredictor) -> None:
         assert sampler.ddim_sigmas.isfinite().all()
 
 
-def test_image_to_image_at_any_strength(model: NoisePredictor) -> None:
+def test_image_to_image_at_any_strength(model: nn.Module) -> None:
     """Strength 1 indexed past the schedule. Decoding all steps is sampling from the encoded image."""
     fx = compare.load(FIXTURES / "sampler_ddim_eta0.json")
     x = compare.inputs(fx)
@@ -142,20 +149,22 @@ def test_image_to_image_at_any_strength(model: NoisePredictor) -> None:
     assert torch.equal(sampler.decode(last, x["c"], 0), last)
 
 
-def test_quantised_x0_replaces_only_the_signal(model: NoisePredictor) -> None:
+def test_quantised_x0_replaces_only_the_signal(model: nn.Module) -> None:
     """DDIM with a codebook: x_s = sqrt(abar_s) code(x0) + the noise part of the unsnapped prediction."""
     codebook = filler.fill(VectorQuantizer2(16, 4, beta=0.25), 1)
     fx = compare.load(FIXTURES / "sampler_ddim_eta0.json")
     x = compare.inputs(fx)
-    model.first_stage_model = nn.ModuleDict()
+    snapped: list[Tensor] = []
+    options = {"x_T": x["x_T"], "verbose": False, "log_every_t": 1}
+    plain = official.DDIMSampler(model).sample(2, 2, (4, 8, 8), x["c"], **options)[1]
+    first_stage = getattr(model, "first_stage_model", None)
+    model.first_stage_model = nn.Module()
     model.first_stage_model.quantize = codebook
-    seen: list[Tensor] = []
-    options = {"x_T": x["x_T"], "verbose": False, "log_every_t": 1, "img_callback": lambda x0, i: seen.append(x0)}
-    _, inter = official.DDIMSampler(model).sample(2, 2, (4, 8, 8), x["c"], quantize_x0=True, **options)
-    del model.first_stage_model
-    plain = official.DDIMSampler(model).sample(2, 2, (4, 8, 8), x["c"], **(options | {"img_callback": None}))[1]
-    assert torch.equal(seen[0], codebook(plain["pred_x0"][1])[0])
-    shift = model.alphas_cumprod[1].sqrt() * (seen[0] - plain["pred_x0"][1])
+    options["img_callback"] = lambda x0, i: snapped.append(x0)
+    inter = official.DDIMSampler(model).sample(2, 2, (4, 8, 8), x["c"], quantize_x0=True, **options)[1]
+    model.first_stage_model = first_stage
+    assert torch.equal(snapped[0], codebook(plain["pred_x0"][1])[0])
+    shift = model.alphas_cumprod[1].sqrt() * (snapped[0] - plain["pred_x0"][1])
     torch.testing.assert_close(inter["x_inter"][1], plain["x_inter"][1] + shift)
 
 
@@ -169,7 +178,7 @@ def test_functions_by_their_official_names() -> None:
     np.testing.assert_allclose(betas, make_beta_schedule("cosine", 1000), rtol=1e-9)
 
 
-def test_settings_that_cannot_work(model: NoisePredictor) -> None:
+def test_settings_that_cannot_work(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="eta: got 0.5, expected 0"):
         official.PLMSSampler(model).sample(5, 2, (4, 8, 8), eta=0.5)
     with pytest.raises(ValueError, match="mask: got no x0"):

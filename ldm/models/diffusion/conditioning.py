@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.models.base import BaseModel
 from ldm.models.diffusion.classes import ClassLabels
+from ldm.models.diffusion.first_stage import FirstStage
 from ldm.models.diffusion.wrapper import joined
 from ldm.modules.conditioners import ClassEmbedder
 from ldm.modules.distributions import DiagonalGaussianDistribution
@@ -168,7 +169,7 @@ class Conditioning(ClassLabels, FirstStage):
         """
         if self.conditioning_key is None:
             return BaseModel.condition(self, seeds, classes=classes, prompts=prompts, negative_prompt=negative_prompt)
-        if isinstance(self.cond_stage_model, TextEmbedder):
+        if isinstance(self.cond_stage_model, TextEmbedder) and getattr(self.cond_stage_model, "use_tknz_fn", True):
             if classes is not None:
                 raise UserError("the model was trained on texts: it takes no class, give a prompt")
             texts = self._one_each(list(prompts or [""]), len(seeds))

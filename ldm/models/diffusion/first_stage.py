@@ -84,8 +84,8 @@ class FirstStage(BaseModel):
         """Pictures [B, C, H, W] -> what the first stage makes of them: a posterior, or latents before quantisation."""
         if self.missing_weights is not None:
             raise UserError(
-                f"first_stage_config.params.ckpt_path: {self.missing_weights} does not exist, so the first stage has no "
-                "weights; put them there, or set first_stage=logs/<run> of one that you trained"
+                f"first_stage_config.params.ckpt_path: {self.missing_weights} does not exist, so the first stage has "
+                "no weights; put them there, or set first_stage=logs/<run> of one that you trained"
             )
         stage = self.first_stage_model
         with torch.no_grad():

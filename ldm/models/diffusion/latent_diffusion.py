@@ -128,6 +128,11 @@ class LatentDiffusion(Conditioning, LatentLoops, DDPM):
         batch = batch if bs is None else {key: v[:bs] for key, v in batch.items()}
         x = super().get_input(batch, k)
         z = self.get_first_stage_encoding(self.encode_first_stage(x)).detach()
+        if z.ndim != 4 or z.shape[1] != self.channels:
+            raise UserError(
+                f"the first stage makes latents {list(z.shape[1:])}, expected [{self.channels}, h, w]: "
+                "set model.params.channels (and the network's in_channels and out_channels) to match"
+            )
         c = xc = None
         if self.conditioning_key is not None:
             c = xc = self.condition_input(batch, x, cond_key or self.cond_stage_key)
@@ -327,14 +332,19 @@ class Layout2ImgDiffusion(LatentDiffusion):
     def log_images(self, batch: dict[str, Any], n: int = 8, **options: Any) -> dict[str, Tensor]:
         """Those of LatentDiffusion, and bbox_image: the boxes with their labels, drawn by the data set.
 
-        The data set has `conditional_builders[cond_stage_key].plot(tokens, label_of, (W, H))`, as in taming.
+        As in taming, the data set has `conditional_builders[cond_stage_key].plot(tokens, label_of_class, (W, H))`,
+        `get_category_id` and `get_textual_label`.
         """
         pictures = super().log_images(batch, n, **options)
         data = self._data_set("train" if self.training else "validation")
         if data is not None:
             builder, size = data.conditional_builders[self.cond_stage_key], pictures["inputs"].shape[:1:-1]
-            boxes = [builder.plot(t.cpu(), data.label_of, tuple(size)) for t in batch[self.cond_stage_key]]
-            pictures["bbox_image"] = torch.stack(boxes[: len(pictures["inputs"])])
+            tokens = batch[self.cond_stage_key][: len(pictures["inputs"])].cpu()
+
+            def label_of(number: int) -> str:
+                return data.get_textual_label(data.get_category_id(number))
+
+            pictures["bbox_image"] = torch.stack([builder.plot(t, label_of, tuple(size)) for t in tokens])
         return pictures
 
     def _data_set(self, split: str) -> Any:

@@ -135,10 +135,12 @@ class LatentLoops(TabledDiffusion):
         log_every_t: int | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Latents of this shape from noise by the last `timesteps` steps; every `log_every_t`-th state on request."""
-        x = torch.randn(tuple(shape), device=self.betas.device) if x_T is None else x_T
+        x = noise = torch.randn(tuple(shape), device=self.betas.device) if x_T is None else x_T
         steps = min(timesteps or self.num_timesteps, start_T or self.num_timesteps)
-        every, states = log_every_t or self.log_every_t, [x]
-        for i, x, _ in self._reverse(x, cond, steps, mask, x0, verbose=verbose, quantize_denoised=quantize_denoised):
+        every, states = log_every_t or self.log_every_t, [noise]
+        for i, x, _ in self._reverse(
+            noise, cond, steps, mask, x0, verbose=verbose, quantize_denoised=quantize_denoised
+        ):
             if i % every == 0 or i == steps - 1:
                 states.append(x)
             if callback is not None:
@@ -170,12 +172,12 @@ class LatentLoops(TabledDiffusion):
         """As `p_sample_loop`, returning the predictions of x0 on the way. With batch_size, shape is [C, h, w]."""
         shape = tuple(shape) if batch_size is None else (batch_size, *shape)
         cond = first_rows(cond, shape[0])
-        x = torch.randn(shape, device=self.betas.device) if x_T is None else x_T
+        x = noise = torch.randn(shape, device=self.betas.device) if x_T is None else x_T
         steps, every = min(start_T or self.num_timesteps, self.num_timesteps), log_every_t or self.log_every_t
         options = {"quantize_denoised": quantize_denoised, "noise_dropout": noise_dropout}
         options |= {"score_corrector": score_corrector, "corrector_kwargs": corrector_kwargs}
         starts = []
-        for i, x, start in self._reverse(x, cond, steps, mask, x0, temperature, verbose, **options):
+        for i, x, start in self._reverse(noise, cond, steps, mask, x0, temperature, verbose, **options):
             if i % every == 0 or i == steps - 1:
                 starts.append(start)
             if callback is not None:

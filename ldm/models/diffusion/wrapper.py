@@ -49,15 +49,17 @@ class DiffusionWrapper(nn.Module):
     ) -> Tensor:
         """x [B, C, H, W], t [B] -> the network's output. Official callers give `y` as `c_crossattn`."""
         key = self.conditioning_key
-        if key is None:
-            return self.diffusion_model(x, t)
-        if key == "adm":
-            return self.diffusion_model(x, t, y=self._needed("y", c_crossattn if y is None else y))
+        inputs: dict[str, Tensor] = {}
         if key in ("concat", "hybrid"):
             x = torch.cat([x, self._needed("c_concat", c_concat).to(x)], dim=1)
-        if key == "concat":
-            return self.diffusion_model(x, t)
-        return self.diffusion_model(x, t, context=self._needed("c_crossattn", c_crossattn))
+        if key in ("crossattn", "hybrid"):
+            inputs["context"] = self._needed("c_crossattn", c_crossattn)
+        if key == "adm":
+            inputs["y"] = self._needed("y", c_crossattn if y is None else y)
+        # weights in half precision without autocast: the samplers' states stay in full precision around them
+        dtype = next((p.dtype for p in self.diffusion_model.parameters()), x.dtype)
+        out = self.diffusion_model(x.to(dtype), t, **inputs)
+        return out.to(x.dtype) if isinstance(out, Tensor) and dtype != x.dtype else out
 
     def _needed(self, name: str, value: Tensor | Sequence[Tensor] | None) -> Tensor:
         if value is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,13 +37,35 @@ def is_small(stem: str) -> bool:
     return stem == "small"
 
 
-def check_images(x: Tensor, in_channels: int, min_size: int) -> None:
-    """Raises ValueError for anything but [B, in_channels, H, W] with H and W at least `min_size`."""
-    if x.ndim != 4 or x.shape[1] != in_channels or min(x.shape[2:]) < min_size:
-        hint = "; stem: small takes smaller images" if x.ndim == 4 and x.shape[1] == in_channels else ""
-        raise ValueError(
-            f"got images {list(x.shape)}, expected [B, {in_channels}, H, W] with H, W at least {min_size}{hint}"
-        )
+class ImageNetwork(nn.Module):
+    """Images [B, in_channels, H, W] -> logits [B, num_classes]; subclasses call `check` first.
+
+    Args:
+        num_classes: outputs.
+        in_channels: of the images.
+        min_size: smallest height and width that leave something for the last layer to see.
+        image_size: the only size taken (position embeddings); None: any.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int, min_size: int = 1, image_size: int | None = None) -> None:
+        super().__init__()
+        if num_classes < 1 or in_channels < 1:
+            raise ValueError(f"got num_classes={num_classes}, in_channels={in_channels}, expected at least 1")
+        self.num_classes, self.in_channels = num_classes, in_channels
+        self.min_size, self.image_size = min_size, image_size
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for a shape other than [B, in_channels, H, W] of a size that fits."""
+        name, size = type(self).__name__, self.image_size
+        if len(shape) != 4 or shape[1] != self.in_channels:
+            raise ValueError(f"{name}: got images {list(shape)}, expected [B, {self.in_channels}, H, W]")
+        if size is not None and tuple(shape[2:]) != (size, size):
+            raise ValueError(f"{name}: got images of {shape[2]}x{shape[3]}, expected {size}x{size} (image_size)")
+        if min(shape[2:]) < self.min_size:
+            raise ValueError(
+                f"{name}: got images of {shape[2]}x{shape[3]}, expected at least {self.min_size}x{self.min_size} "
+                "(stem: small takes smaller ones)"
+            )
 
 
 def named(name: str, doc: str, build: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,13 +75,17 @@ def named(name: str, doc: str, build: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
-def init_kaiming(module: nn.Module) -> None:
-    """He et al. 2015 (fan out) for convolutions, the identity for batch norms; in place, for all sub-modules."""
+def init_kaiming(module: nn.Module, linear: bool = False) -> None:
+    """He et al. 2015 for all convolutions (fan out), and for linear layers (fan in) where asked; biases zero."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
+        elif linear and isinstance(m, nn.Linear):
+            nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+        else:
+            continue
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)
 
 
 class ConvBN(nn.Module):
@@ -79,6 +105,18 @@ class ConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x)).relu_()
+
+
+class Parallel(nn.Module):
+    """Branches side by side, their outputs concatenated: [B, C, H, W] -> [B, sum of C, h, w]."""
+
+    def __init__(self, **branches: nn.Module) -> None:
+        super().__init__()
+        for name, branch in branches.items():
+            self.add_module(name, branch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self.children()], 1)
 
 
 class SqueezeExcite(nn.Module):

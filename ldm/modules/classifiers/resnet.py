@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ldm.modules.classifiers.common import (
     DropPath,
+    ImageNetwork,
     SqueezeExcite,
-    check_images,
     drop_path_rates,
     init_kaiming,
     is_small,
@@ -121,7 +121,7 @@ class Bottleneck(Block):
         return self.bn3(self.conv3(x))
 
 
-class ResNet(nn.Module):
+class ResNet(ImageNetwork):
     """Images [B, in_channels, H, W] -> logits [B, num_classes].
 
     Args:
@@ -138,8 +138,6 @@ class ResNet(nn.Module):
         drop_path: stochastic depth of the last block, growing linearly from 0.
     """
 
-    min_size = 1
-
     def __init__(
         self,
         block: type[Block],
@@ -155,10 +153,9 @@ class ResNet(nn.Module):
         zero_init_residual: bool = True,
         drop_path: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, in_channels)
         if shortcut not in SHORTCUTS:
             raise ValueError(f"got shortcut={shortcut!r}, expected one of {', '.join(SHORTCUTS)}")
-        self.in_channels, self.num_classes = in_channels, num_classes
         channels = [scaled(p, width) for p in planes]
         small = is_small(stem)
         self.conv1 = nn.Conv2d(in_channels, channels[0], *((3, 1, 1) if small else (7, 2, 3)), bias=False)
@@ -188,7 +185,7 @@ class ResNet(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> the last feature map [B, C, h, w]."""
-        check_images(x, self.in_channels, self.min_size)
+        self.check(x.shape)
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for stage in self.stages():
             x = stage(x)
