@@ -12,6 +12,10 @@ def _rows(old: str, new: str, names: str) -> dict[str, str]:
     return {f"{old}.{name}": f"{new}.{other or name}" for name, _, other in pairs}
 
 
+def _sgm(module: str, names: str) -> dict[str, str]:
+    return _rows(f"sgm.modules.diffusionmodules.{module}", "ldm.diffusion.sgm", names)
+
+
 # official dotted path -> where the code lives now
 TARGETS: dict[str, str] = {
     "main.DataModuleFromConfig": "ldm.data.datamodule.DataModuleFromConfig",
@@ -49,6 +53,22 @@ TARGETS: dict[str, str] = {
     "ldm.models.diffusion.plms.PLMSSampler": "ldm.diffusion.official.PLMSSampler",
     "ldm.models.diffusion.dpm_solver.DPMSolverSampler": "ldm.diffusion.official.DPMSolverSampler",
     "ldm.models.diffusion.dpm_solver.sampler.DPMSolverSampler": "ldm.diffusion.official.DPMSolverSampler",
+    **_rows(
+        "ldm.modules.diffusionmodules.util",
+        "ldm.diffusion.official",
+        "make_ddim_timesteps make_ddim_sampling_parameters betas_for_alpha_bar",
+    ),
+    **_sgm("sampling", "BaseDiffusionSampler EDMSampler AncestralSampler EulerEDMSampler HeunEDMSampler"),
+    **_sgm("sampling", "EulerAncestralSampler DPMPP2SAncestralSampler DPMPP2MSampler LinearMultistepSampler"),
+    **_sgm("discretizer", "Discretization EDMDiscretization LegacyDDPMDiscretization"),
+    **_sgm("denoiser", "Denoiser DiscreteDenoiser"),
+    **_sgm("denoiser_scaling", "EDMScaling EpsScaling VScaling VScalingWithEDMcNoise"),
+    **_sgm("denoiser_weighting", "UnitWeighting EDMWeighting VWeighting EpsWeighting"),
+    **_sgm("loss_weighting", "UnitWeighting EDMWeighting VWeighting EpsWeighting"),
+    **_sgm("sigma_sampling", "EDMSampling DiscreteSampling ZeroSampler"),
+    **_sgm("guiders", "VanillaCFG IdentityGuider"),
+    **_sgm("loss", "StandardDiffusionLoss"),
+    **_sgm("wrappers", "OpenAIWrapper IdentityWrapper"),
     # autoencoders and their losses
     **_rows(
         "ldm.modules.diffusionmodules.model",

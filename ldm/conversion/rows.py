@@ -94,7 +94,7 @@ def _longest(name: str, table: Mapping[str, Row]) -> tuple[Row, str] | None:
         if name[:end] in table:
             return table[name[:end]], name[end:]
         end = name.rfind(".", 0, end)
-    return None
+    return (table[""], name) if "" in table else None
 
 
 def _split(t: Tensor, row: Row) -> tuple[Tensor, ...]:

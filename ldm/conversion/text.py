@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from ldm.conversion.rows import Row, under
 from ldm.util import UserError, get_obj_from_str
 
-TOKENS = {"bos_token_id": 49406, "eos_token_id": 49407}
 CLIP_ROWS = [Row("transformer.text_model", "text_model")]  # the names below it are the same
 BLOCK = [
     Row("ln_1", "layer_norm1"),
@@ -77,7 +76,7 @@ def encoder_of(config: Mapping[str, Any], two_towers: bool = False) -> Encoder |
     Raises:
         UserError: a choice of layers that no pipeline makes.
     """
-    name, params = class_name(config), _full(config)
+    name, params = class_name(config), full_params(config)
     if name == "FrozenCLIPEmbedder":
         return _clip(params, two_towers)
     if name.startswith("FrozenOpenCLIPEmbedder"):
@@ -85,7 +84,8 @@ def encoder_of(config: Mapping[str, Any], two_towers: bool = False) -> Encoder |
     return _bert(params) if name == "BERTEmbedder" and params["use_tokenizer"] else None
 
 
-def _full(config: Mapping[str, Any]) -> dict[str, Any]:
+def full_params(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of an embedder `{target, params}`, defaults filled in."""
     parameters = inspect.signature(get_obj_from_str(config["target"])).parameters
     return {**{n: p.default for n, p in parameters.items()}, **(config.get("params") or {})}
 
@@ -99,6 +99,8 @@ def _clip(p: Mapping[str, Any], two_towers: bool) -> Encoder:
 
     sizes = {n: q.default for n, q in inspect.signature(CLIPTextModel).parameters.items()}
     sizes |= dict(p["clip_config"] or CLIP_TEXT_CONFIGS[p["version"]])
+    if sizes["eos_token_id"] == 2:  # older configs, see CLIPTextModel.from_config
+        sizes["eos_token_id"] = sizes["vocab_size"] - 1
     depth = sizes["num_hidden_layers"]
     index = p["layer_idx"] + depth + 1 if p["layer_idx"] is not None and p["layer_idx"] < 0 else p["layer_idx"]
     if two_towers and (p["layer"], index) != ("hidden", depth - 1) or not two_towers and p["layer"] != "last":
@@ -163,7 +165,9 @@ def _bert(p: Mapping[str, Any]) -> Encoder:
     rows = list(BERT_ENDS)
     for i in range(p["n_layer"]):
         ours, theirs = "transformer.attn_layers.layers", f"model.layers.{i}"
-        rows += under(f"{ours}.{2 * i}", theirs, BERT_ATTENTION) + under(f"{ours}.{2 * i + 1}", theirs, BERT_FEED_FORWARD)
+        rows += under(f"{ours}.{2 * i}", theirs, BERT_ATTENTION) + under(
+            f"{ours}.{2 * i + 1}", theirs, BERT_FEED_FORWARD
+        )
     config = {
         "architectures": ["LDMBertModel"],
         "model_type": "ldmbert",

@@ -65,26 +65,27 @@ def full_params(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse(p: Mapping[str, Any]) -> None:
-    def cannot(what: str) -> UserError:
-        return UserError(f"diffusers' U-Nets cannot express {what}; --to safetensors keeps the network as it is")
-
-    for name, fine in ONLY_HERE.items():
-        if p[name] not in fine:
-            raise cannot(f"{name}={p[name]}")
+    odd = [f"{name}={p[name]}" for name, fine in ONLY_HERE.items() if p[name] not in fine]
+    odd += _odd_attention(p)
     if p["channel_mult"][0] != 1:
-        raise cannot(f"channel_mult={list(p['channel_mult'])} (the first has to be 1)")
+        odd.append(f"channel_mult={list(p['channel_mult'])} (the first has to be 1)")
     if p["num_classes"] in ("continuous", "timestep"):
-        raise cannot(f"num_classes={p['num_classes']}")
-    if p["spatial"] and (p["resblock_updown"] or p["use_scale_shift_norm"] and p["resblock_updown"]):
-        raise cannot("resblock_updown beside transformers")
-    if p["spatial"] and p["context_dim"] is None:
-        raise cannot("transformers without a context (context_dim)")
-    if not p["spatial"] and p["num_heads_upsample"] not in (-1, p["num_heads"]):
-        raise cannot(f"num_heads_upsample={p['num_heads_upsample']}")
-    if p["spatial"] and not p["legacy"] and p["num_head_channels"] != -1:
-        odd = [c for c in widths(p) if c % p["num_head_channels"]]
-        if odd:
-            raise cannot(f"{odd[0]} channels in heads of {p['num_head_channels']}")
+        odd.append(f"num_classes={p['num_classes']}")
+    if odd:
+        raise UserError(f"diffusers' U-Nets cannot express {odd[0]}; --to safetensors keeps the network as it is")
+
+
+def _odd_attention(p: Mapping[str, Any]) -> list[str]:
+    """Choices about attention that diffusers does not have."""
+    heads = p["num_head_channels"]
+    if not p["spatial"]:
+        fine = p["num_heads_upsample"] in (-1, p["num_heads"])
+        return [] if fine else [f"num_heads_upsample={p['num_heads_upsample']}"]
+    odd = ["resblock_updown beside transformers"] if p["resblock_updown"] else []
+    odd += ["transformers without a context (context_dim)"] if p["context_dim"] is None else []
+    if not p["legacy"] and heads != -1:
+        odd += [f"{c} channels in heads of {heads}" for c in widths(p) if c % heads]
+    return odd
 
 
 def widths(p: Mapping[str, Any]) -> list[int]:
@@ -226,11 +227,13 @@ def _plain_config(p: Mapping[str, Any], depth: list[int]) -> dict[str, Any]:
     if len(sizes) > 1 and not one_head:
         raise UserError(
             f"diffusers' UNet2DModel has one head width for all levels, this network has heads of {sorted(sizes)} "
-            f"channels ({p['num_heads']} heads each): it cannot be a diffusers folder. --to safetensors keeps it as it is"
+            f"channels ({p['num_heads']} heads each); --to safetensors keeps the network as it is"
         )
     if len(set(depth)) != 1:
         raise UserError(f"diffusers' UNet2DModel cannot express num_res_blocks={depth}; use --to safetensors")
-    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if p["resblock_updown"] else ("DownBlock2D", "UpBlock2D")
+    plain = (
+        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if p["resblock_updown"] else ("DownBlock2D", "UpBlock2D")
+    )
     resample = "resnet" if p["resblock_updown"] else "conv"
     return {
         "down_block_types": ["AttnDownBlock2D" if a else plain[0] for a in attends],

@@ -78,6 +78,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.datasets: dict[str, Any] = {}
         self._start = (0, 0)  # epoch and batch that this process starts from
         self._resumed: dict[str, int] = {}
+        self._replaced: set[str] = set()
         # Lightning looks whether these exist to know which loops to run.
         loaders = {"train": "train", "validation": "val", "test": "test", "predict": "predict"}
         for split in self.configs:
@@ -133,7 +134,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
         known = {k: v for k, v in known.items() if v is not None}
         part = "all" if split == "predict" else split
         root = self.defaults["root"]
-        rank_zero_info(f"data.params.{split}: the pictures in {root} take the place of {target.rpartition('.')[2]}")
+        if target not in self._replaced:
+            rank_zero_info(f"the pictures in {root} take the place of {target.rpartition('.')[2]}")
+            self._replaced.update(c.get("target") for c in self.configs.values())  # one line for all splits
         return self._unless_absent(split, {"target": FOLDER, "params": {**known, "root": root, "split": part}})
 
     @property

@@ -13,51 +13,45 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 
-def patches3x3(x: Tensor, stride: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+def neighbourhoods(x: Tensor, stride: int, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Every 3x3 neighbourhood of x [B, C, H, W], padded by one, as a row [B, h, w, 9 C], and the weight as [C', 9 C].
 
     The order inside a row is the one in which the weight lies in memory, so that no weight is copied.
     """
-    p = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-    b, y, x_, c = p.stride()
-    size = [(n - 1) // stride + 1 for n in x.shape[2:]]
-    if weight.is_contiguous(memory_format=torch.channels_last):
-        rows = p.as_strided([len(x), *size, 3, 3, x.shape[1]], [b, stride * y, stride * x_, y, x_, c])
-        weight = weight.permute(0, 2, 3, 1)
-    else:
-        rows = p.as_strided([len(x), *size, x.shape[1], 3, 3], [b, stride * y, stride * x_, c, y, x_])
+    rows = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).unfold(1, 3, stride).unfold(2, 3, stride)
+    if not weight.is_contiguous():
+        rows, weight = rows.permute(0, 1, 2, 4, 5, 3), weight.permute(0, 2, 3, 1)
     return rows.flatten(3), weight.flatten(1)
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` that takes a faster way through one matrix product where there is one.
+    """`nn.Conv2d` that takes the way through one matrix product where that is faster.
 
-    On the CPU the convolution kernels reorder their whole weight at every call, which at low resolution takes
-    longer than the convolution itself.
+    With kernel size one that is always so on channels-last input. With kernel size three it is so on the CPU at low
+    resolution, where the convolution kernels take longer to reorder their weight, at every call, than to use it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C', H', W']."""
-        if self.kernel_size == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1:
-            return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        if self.few_positions(x):
-            rows, weight = patches3x3(x, self.stride[0], self.weight)
-            return F.linear(rows, weight, self.bias).permute(0, 3, 1, 2)
-        return super().forward(x)
+        geometry = (self.kernel_size, self.padding, self.dilation, self.groups, self.padding_mode)
+        if geometry == ((1, 1), (0, 0), (1, 1), 1, "zeros") and self._rows_are_a_view(x):
+            rows, weight = x.permute(0, 2, 3, 1), self.weight.flatten(1)
+        elif geometry == ((3, 3), (1, 1), (1, 1), 1, "zeros") and self._few_positions(x):
+            rows, weight = neighbourhoods(x, self.stride[0], self.weight)
+        else:
+            return super().forward(x)
+        return F.linear(rows, weight, self.bias).permute(0, 3, 1, 2)
 
-    def few_positions(self, x: Tensor) -> bool:
-        """Whether copying the input nine times costs less than reordering the weight."""
-        positions = x.numel() // x.shape[1] // (self.stride[0] * self.stride[1])
-        return (
-            2 * positions <= self.out_channels
-            and self.kernel_size == (3, 3)
-            and self.padding == (1, 1)
-            and self.stride[0] == self.stride[1]
-            and self.groups == 1
-            and x.device.type == "cpu"
-            and x.dtype == torch.float32
-            and not torch.is_grad_enabled()
-        )
+    def _rows_are_a_view(self, x: Tensor) -> bool:
+        """Whether x [B, C, H, W] lies in memory as [B, H, W, C] and every position is used."""
+        return x.dim() == 4 and self.stride == (1, 1) and x.is_contiguous(memory_format=torch.channels_last)
+
+    def _few_positions(self, x: Tensor) -> bool:
+        """Whether it costs less to copy the input nine times than to reorder the weight (measured: half as many)."""
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
+            return False
+        positions = x.numel() // x.shape[-3] // self.stride[0] ** 2
+        return x.dim() == 4 and self.stride[0] == self.stride[1] and 2 * positions <= self.out_channels
 
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: Conv2d, 3: nn.Conv3d}

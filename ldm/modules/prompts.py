@@ -204,7 +204,7 @@ class TextEmbedder(nn.Module, ABC):
         scale = torch.tensor([r[1] for r in rows])
         out = self.embed(torch.tensor([r[0] for r in rows]).to(self.device), clip_skip)
         z, *pooled = out if isinstance(out, tuple) else (out,)
-        if bool((scale != 1).any()):
+        if any(w != 1 for row in rows for w in row[1]):
             z = apply_weights(z, scale.to(z.device))
         return (z, *pooled)
 

@@ -66,6 +66,11 @@ class _TimeUNet(nn.Module):
             raise ValueError(f"got x {list(x.shape)}, expected sizes that {2 ** (self.levels - 1)} divides")
         return x.to(self.dtype, memory_format=torch.channels_last if self.dims == 2 else torch.preserve_format)
 
+    def leave(self, h: Tensor, head: nn.Module, x: Tensor) -> Tensor:
+        """The output head on h, in the precision and memory format of the input x."""
+        out = head(h.to(next(head.parameters()).dtype)).to(x.dtype)
+        return out.contiguous() if x.is_contiguous() else out
+
 
 class UNetModel(_TimeUNet):
     """The U-Net of "High-Resolution Image Synthesis with Latent Diffusion Models" (and of SD 1, SD 2 and SDXL).
@@ -137,7 +142,8 @@ class UNetModel(_TimeUNet):
         blocks = Blocks(**given)
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.dims, self.levels = model_channels, dims, len(channel_mult)
-        self.num_classes, self.predict_codebook_ids = num_classes, n_embed is not None
+        self.num_classes, self.adm_in_channels = num_classes, adm_in_channels
+        self.predict_codebook_ids = n_embed is not None
         self.time_embed = time_mlp(model_channels, blocks.embed_dim)
         if num_classes is not None:
             self.label_emb = label_embedding(num_classes, adm_in_channels, blocks)
@@ -145,10 +151,10 @@ class UNetModel(_TimeUNet):
         self.middle_block = blocks.middle(widths[-1], not disable_middle_transformer, not disable_middle_self_attn)
         self.output_blocks = blocks.decoder(widths)
         ch = channel_mult[0] * model_channels
-        last = conv_nd(dims, model_channels, out_channels, 3, padding=1)
+        last = conv_nd(dims, ch, out_channels, 3, padding=1)
         self.out = nn.Sequential(normalization(ch), nn.SiLU(), zero_module(last))
         if n_embed is not None:
-            self.id_predictor = nn.Sequential(normalization(ch), conv_nd(dims, model_channels, n_embed, 1))
+            self.id_predictor = nn.Sequential(normalization(ch), conv_nd(dims, ch, n_embed, 1))
         if use_fp16:
             self.convert_to_fp16()
         if dims == 2:
@@ -171,9 +177,7 @@ class UNetModel(_TimeUNet):
         """
         h = self.enter(x)
         emb = self.embed_time(timesteps, len(x))
-        if (y is None) != (self.num_classes is None):
-            raise ValueError(f"got y={'None' if y is None else list(y.shape)}, expected num_classes={self.num_classes}")
-        if y is not None:
+        if y is not None or self.num_classes is not None:
             emb = emb + self.embed_label(y, len(x))
         emb = emb.to(h.dtype)
         if isinstance(context, Tensor):
@@ -185,13 +189,15 @@ class UNetModel(_TimeUNet):
         h = self.middle_block(h, emb, context)
         for block in self.output_blocks:
             h = block(torch.cat([h, hs.pop()], dim=1), emb, context)
-        head = self.id_predictor if self.predict_codebook_ids else self.out
-        return head(h.to(x.dtype))
+        return self.leave(h, self.id_predictor if self.predict_codebook_ids else self.out, x)
 
-    def embed_label(self, y: Tensor, batch: int) -> Tensor:
+    def embed_label(self, y: Tensor | None, batch: int) -> Tensor:
         """y -> [B, E]."""
-        if len(y) != batch:
-            raise ValueError(f"got {len(y)} labels, expected {batch}")
+        width = {"continuous": [1], "sequential": [self.adm_in_channels]}.get(self.num_classes, [])
+        if y is None or self.num_classes is None or list(y.shape) != [batch, *width]:
+            got = None if y is None else list(y.shape)
+            expected = None if self.num_classes is None else [batch, *width]
+            raise ValueError(f"got y of shape {got}, expected {expected} for num_classes={self.num_classes}")
         weight = next(self.label_emb.parameters())
         return self.label_emb(y if isinstance(self.num_classes, int) else y.to(weight.dtype))
 
@@ -275,8 +281,8 @@ class EncoderUNetModel(_TimeUNet):
         for block in [*self.input_blocks, self.middle_block]:
             h = block(h, emb)
             if self.pool.startswith("spatial"):
-                means.append(h.to(x.dtype).flatten(2).mean(dim=2))
-        return self.out(torch.cat(means, dim=1) if means else h.to(x.dtype))
+                means.append(h.float().flatten(2).mean(dim=2))
+        return self.leave(torch.cat(means, dim=1) if means else h, self.out, x)
 
 
 def pooled_head(pool: str, widths: list[int], out_channels: int, dims: int, size: int, head: int) -> nn.Module:

@@ -90,6 +90,8 @@ class Blocks:
         spatial, dim_head, heads = self.use_spatial_transformer, self.num_head_channels, self.num_heads
         if dim_head != -1:
             heads = channels // dim_head
+        if heads < 1 or heads > channels:
+            raise ValueError(f"got {channels} channels, too few for num_heads={heads}, num_head_channels={dim_head}")
         if dim_head == -1 and not self.legacy or spatial and (dim_head == -1 or self.legacy):
             dim_head = channels // heads  # the old rule splits whatever there is into `heads` parts
         if spatial:

@@ -82,7 +82,7 @@ def test_cifar_from_files_in_place(tmp_path, monkeypatch, name):
     cifar_files(tmp_path, getattr(torchvision.datasets, name), monkeypatch)
     cls = getattr(vision, name)
     train, test = cls("train", data_root=str(tmp_path), flip_p=0.5, pad_crop=4), cls("test", data_root=str(tmp_path))
-    assert len(train) == 40 and len(test) == 20 and test.class_names[3] == "class 3"
+    assert len(train) == 36 and len(test) == 20 and test.class_names[3] == "class 3"
     batch = test.get_batch(range(20))
     assert batch["image"].shape == (20, 32, 32, 3) and batch["class_label"].tolist() == [i % 10 for i in range(20)]
     original = getattr(torchvision.datasets, name)(str(tmp_path), train=False).data

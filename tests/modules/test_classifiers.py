@@ -246,11 +246,13 @@ def test_wrong_images():
 # --- residual networks ------------------------------------------------------------------------------------------------
 
 
-def test_residual_blocks_start_as_the_identity():
-    net = resnet.resnet18(width=0.125, stem="small")
-    x = torch.randn(2, 8, 8, 8).relu()
-    torch.testing.assert_close(net.layer1(x), x)
-    assert resnet.resnet18(width=0.125, zero_init_residual=False).layer1[0].bn2.weight.all()
+def test_residual_blocks_can_start_as_the_identity():
+    for build in (resnet.resnet18, resnet.resnet20):
+        net = build(width=0.5, stem="small", zero_init_residual=True)
+        x = torch.randn(2, net.conv1.out_channels, 8, 8).relu()
+        torch.testing.assert_close(net.layer1(x), x)
+    assert resnet.resnet18(width=0.125).layer1[0].bn2.weight.all()
+    assert resnet.plain20(zero_init_residual=True).layer1[0].bn2.weight.all()  # it would be silent
 
 
 def test_option_a_subsamples_and_pads_with_zeros():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,8 +88,7 @@ class Conditioning(ClassLabels, FirstStage):
         """In training, each text becomes empty with probability `cond_dropout`."""
         if not (self.training and self.cond_dropout):
             return list(texts)
-        drop = (torch.rand(len(texts), device="cpu") < self.cond_dropout).tolist()
-        return ["" if d else text for d, text in zip(drop, texts, strict=True)]
+        return ["" if random.random() < self.cond_dropout else text for text in texts]
 
     def get_learned_conditioning(self, c: Any) -> Tensor | Any:
         """Input of the conditioner -> its embedding. Text is read literally: brackets are no weights."""

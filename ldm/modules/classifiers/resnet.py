@@ -134,7 +134,8 @@ class ResNet(ImageNetwork):
         stem: "imagenet" (7x7 convolution of stride 2, max pool) or "small" (3x3 of stride 1, no pool).
         shortcut: one of `SHORTCUTS`.
         se: squeeze-and-excitation in every block.
-        zero_init_residual: every residual branch starts at zero (Goyal et al. 2017, section 5.1).
+        zero_init_residual: every residual branch starts at zero (Goyal et al. 2017, section 5.1): for long trainings
+            with large batches; a run of few steps starts much slower.
         drop_path: stochastic depth of the last block, growing linearly from 0.
     """
 
@@ -150,7 +151,7 @@ class ResNet(ImageNetwork):
         stem: str = "imagenet",
         shortcut: str = "project",
         se: bool = False,
-        zero_init_residual: bool = True,
+        zero_init_residual: bool = False,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(num_classes, in_channels)
@@ -203,7 +204,7 @@ def _imagenet(
         in_channels: int = 3,
         width: float = 1.0,
         stem: str = "imagenet",
-        zero_init_residual: bool = True,
+        zero_init_residual: bool = False,
         drop_path: float = 0.0,
     ) -> ResNet:
         return ResNet(
@@ -228,7 +229,7 @@ def _cifar(name: str, n: int, shortcut: str) -> Callable[..., ResNet]:
         in_channels: int = 3,
         width: float = 1.0,
         stem: str = "small",
-        zero_init_residual: bool = True,
+        zero_init_residual: bool = False,
         drop_path: float = 0.0,
     ) -> ResNet:
         return ResNet(
