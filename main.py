@@ -62,20 +62,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def complete_switches(argv: list[str]) -> list[str]:
-    """`--no-test a.b=c` -> `--no-test true a.b=c`: a switch's value is optional, and no config value is one."""
-    switches = {o for a in build_parser()._actions if a.nargs == "?" and a.const is True for o in a.option_strings}
-    done: list[str] = []
+def take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(the other arguments, the `key.path=value` items), wherever the items stand: `-b`, `--trust` and switches such as
+    `--no-test` would take them for their own values.
+    """
+    one_value = {o for a in build_parser()._actions if a.nargs is None for o in a.option_strings}
+    rest: list[str] = []
+    overrides: list[str] = []
     for item in argv:
-        if done and done[-1] in switches and "=" in item and not item.startswith("-"):
-            done.append("true")
-        done.append(item)
-    return done
+        key, equals, _ = item.partition("=")
+        is_key = bool(equals) and key.replace(".", "").replace("_", "").replace("-", "").isalnum() and item[0] != "-"
+        (overrides if is_key and not (rest and rest[-1] in one_value) else rest).append(item)
+    return rest, overrides
 
 
 def run(argv: list[str] | None = None) -> None:
     """Parses the command line and does what it says."""
-    args, extra = build_parser().parse_known_args(complete_switches(sys.argv[1:] if argv is None else argv))
+    rest, overrides = take_overrides(sys.argv[1:] if argv is None else argv)
+    args, extra = build_parser().parse_known_args(rest)
     if not (args.base or args.resume):
         from ldm.util import UserError
 
@@ -83,7 +87,7 @@ def run(argv: list[str] | None = None) -> None:
         raise UserError("no config given: -b configs/<family>/<name>.yaml, or -r logs/<run> to go on with a run")
     from ldm import training
 
-    training.start(args, extra)
+    training.start(args, [*extra, *overrides])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,10 +97,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as e:
-        code = getattr(e, "exit_code", None)
+        code, message = getattr(e, "exit_code", None), str(e)
+        if code is None and "ldm.util.UserError: " in message:  # raised in a process that loads data
+            code, message = 2, message.rpartition("ldm.util.UserError: ")[2].strip()
         if code is None:
             raise
-        print(f"error: {e}" if code < 128 else str(e), file=sys.stderr)
+        print(f"error: {message}" if code < 128 else message, file=sys.stderr)
         return code
     return 0
 

@@ -12,6 +12,11 @@ def _rows(old: str, new: str, names: str) -> dict[str, str]:
     return {f"{old}.{name}": f"{new}.{other or name}" for name, _, other in pairs}
 
 
+def _both(old: str, new: str, names: str) -> dict[str, str]:
+    """The Train and the Validation class of each data set."""
+    return _rows(old, new, " ".join(f"{n}{split}" for n in names.split() for split in ("Train", "Validation")))
+
+
 def _sgm(module: str, names: str) -> dict[str, str]:
     return _rows(f"sgm.modules.diffusionmodules.{module}", "ldm.diffusion.sgm", names)
 
@@ -112,10 +117,37 @@ TARGETS: dict[str, str] = {
     **_rows("taming.modules.discriminator.model", "ldm.modules.discriminator", "NLayerDiscriminator weights_init"),
     **_rows("taming.modules.util", "ldm.modules.discriminator", "ActNorm"),
     **_rows(
-        "taming.modules.vqvae.quantize", "ldm.modules.quantize", "VectorQuantizer2 VectorQuantizer=VectorQuantizer2"
+        "taming.modules.vqvae.quantize",
+        "ldm.modules.quantize",
+        "VectorQuantizer2 VectorQuantizer=VectorQuantizer2 GumbelQuantize EMAVectorQuantizer",
     ),
     **_rows("taming.models.vqgan", "ldm.models.autoencoder", "VQModel"),
+    **_rows("taming.models.vqgan", "ldm.models.vqgan", "GumbelVQ VQSegmentationModel"),
     **_rows("sgm.models.autoencoder", "ldm.models.autoencoder", "AutoencoderKL IdentityFirstStage"),
+    # data; the classes of `filelist` were named in official YAMLs but never released
+    "main.WrappedDataset": "ldm.data.sampler.Streamed",
+    **_both("ldm.data.faceshq", "ldm.data.filelist", "CelebAHQ FFHQ"),
+    **_both("taming.data.faceshq", "ldm.data.filelist", "CelebAHQ FFHQ FacesHQ"),
+    **_both("ldm.data.openimages", "ldm.data.filelist", "FullOpenImages OpenImagesBBox"),
+    **_both("ldm.data.openimages", "ldm.data.imagenet", "SuperresOpenImagesAdvanced"),
+    **_both("ldm.data.landscapes", "ldm.data.filelist", "RFW"),
+    **_both("ldm.data.previews.pytorch_dataset", "ldm.data.filelist", "Previews"),
+    **_both("taming.data.imagenet", "ldm.data.imagenet", "ImageNet"),
+    **_both("taming.data.coco", "ldm.data.filelist", "CocoImagesAndCaptions"),
+    **_rows("taming.data.custom", "ldm.data.filelist", "CustomTrain CustomTest"),
+    **_rows(
+        "ldm.modules.image_degradation",
+        "ldm.data.degradation",
+        "degradation_fn_bsr=bsrgan degradation_fn_bsr_light=bsrgan_light",
+    ),
+    **_rows(
+        "ldm.modules.image_degradation.bsrgan",
+        "ldm.data.degradation",
+        "degradation_bsrgan=bsrgan degradation_bsrgan_variant=bsrgan",
+    ),
+    **_rows(
+        "ldm.modules.image_degradation.bsrgan_light", "ldm.data.degradation", "degradation_bsrgan_variant=bsrgan_light"
+    ),
     # conditioners
     **_rows("ldm.modules.encoders.modules", "ldm.modules.conditioners", "ClassEmbedder SpatialRescaler"),
     **_rows(

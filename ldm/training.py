@@ -99,6 +99,9 @@ def prepare(args: argparse.Namespace, extra: list[str]) -> Run:
         UserError: unknown flag or key, missing file, `-n` with `-r`.
     """
     dotlist, flags = split_extra(extra)
+    # -b takes all words up to the next flag: those that are no file but key=value belong to the dotlist
+    dotlist = [b for b in args.base if "=" in b and not Path(b).exists()] + dotlist
+    args.base = [b for b in args.base if b not in dotlist]
     resume_path = args.resume or flags.pop("resume_from_checkpoint", "")
     if args.name and args.resume:
         raise UserError(
@@ -233,7 +236,19 @@ def build_model(run: Run, data: pl.LightningDataModule | None) -> tuple[pl.Light
         rank_zero_info(line)
     model = instantiate_from_config({k: config[k] for k in ("target", "params") if k in config})
     model.class_names = getattr(data, "class_names", None)
+    inline_first_stage(config)
     return model, config
+
+
+def inline_first_stage(config: dict[str, Any]) -> None:
+    """Replaces a first stage given as a path by that run's config: the weights are in this run's checkpoints."""
+    params = config.get("params") or {}
+    path = params.get("first_stage_config")
+    if isinstance(path, str) and not path.startswith("__"):
+        from ldm.generate import run_config, without_weights
+
+        run, file = checkpoint.find_run(path)
+        params["first_stage_config"] = without_weights(run_config(run, checkpoint.read(file))["model"])
 
 
 def set_learning_rate(run: Run, model: pl.LightningModule, config: dict[str, Any], trainer: pl.Trainer) -> None:

@@ -348,7 +348,14 @@ def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     save_file(whole, temporary, metadata)
+    temporary.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner may read
     os.replace(temporary, path)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager

@@ -243,6 +243,7 @@ def _plain_config(p: Mapping[str, Any], depth: list[int]) -> dict[str, Any]:
         "downsample_type": resample,
         "upsample_type": resample,
         "downsample_padding": 1,
+        "attn_norm_num_groups": 32,  # else no norm in the middle where time scales and shifts
     }
 
 

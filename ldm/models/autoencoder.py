@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,117 +11,13 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from ldm.models.adversarial import AdversarialModel, Losses
+from ldm.models.adversarial import Losses
 from ldm.models.base import Config
-from ldm.modules.autoencoder import Decoder, Encoder
+from ldm.models.first_stage import AutoencoderBase, unprefixed
 from ldm.modules.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses import measure_perplexity
-from ldm.modules.lpips import LPIPS
 from ldm.modules.quantize import VectorQuantizer2
-from ldm.util import SeededNoise, UserError, check_params, instantiate_from_config
-
-ADAM = {"target": "torch.optim.Adam", "params": {"betas": (0.5, 0.9)}}
-
-
-class AutoencoderBase(AdversarialModel):
-    """Encoder, decoder and loss; subclasses add what lies between encoder and decoder.
-
-    Args:
-        ddconfig: parameters of `Encoder` and `Decoder`, given to both.
-        lossconfig: `{target, params}` of the loss; `torch.nn.Identity` for a first stage that is only used.
-        image_key: key of the images in the batch.
-        colorize_nlabels: number of labels of one-hot segmentation maps, to be shown in random colours.
-        use_ema: average the weights.
-        ema_decay: of the average.
-    """
-
-    loss_names = ("aeloss", "discloss")
-    # a first stage's file may come without the loss that it was trained with, or with one that is not wanted here
-    tolerated_keys = ("loss.",)
-
-    def __init__(
-        self,
-        ddconfig: Config,
-        lossconfig: Config,
-        *,
-        image_key: str = "image",
-        colorize_nlabels: int | None = None,
-        use_ema: bool = False,
-        ema_decay: float = 0.9999,
-        **base: Any,
-    ) -> None:
-        super().__init__(**{"optimizer_config": ADAM, **base})
-        self.image_key, self.first_stage_key = image_key, image_key
-        check_params(Encoder, "ddconfig", ddconfig)
-        self.encoder, self.decoder = Encoder(**ddconfig), Decoder(**ddconfig)
-        self._modules["loss"] = instantiate_from_config(lossconfig)
-        self._averaged = ema_decay if use_ema else None
-        if colorize_nlabels is not None:
-            self.register_buffer("colorize", torch.randn(3, colorize_nlabels, 1, 1))
-
-    def _finish(self) -> None:
-        """The end of every constructor: the average needs all weights in place, the checkpoint the average."""
-        if self._averaged is not None:
-            self.init_ema(self, decay=self._averaged)
-        self.load_ckpt_path()
-
-    @property
-    def loss(self) -> nn.Module:
-        """The loss module, as in the official code; the loss of a batch is `shared_step(batch)` here."""
-        return self._modules["loss"]
-
-    def networks(self) -> list[nn.Module]:
-        return [self.encoder, self.decoder]
-
-    def configure_model(self) -> None:
-        super().configure_model()
-        self.loss.to(memory_format=torch.channels_last)
-
-    def get_last_layer(self) -> Tensor:
-        return self.decoder.conv_out.weight
-
-    # --- training -----------------------------------------------------------------------------------------------------
-
-    def on_fit_start(self) -> None:
-        perceptual = getattr(self.loss, "perceptual_loss", None)
-        if isinstance(perceptual, LPIPS) and self.loss.perceptual_weight > 0 and not perceptual.has_weights:
-            perceptual.load_pretrained()
-
-    def configure_optimizers(self) -> Any:
-        if not hasattr(self.loss, "discriminator"):
-            raise UserError(
-                f"{type(self).__name__} cannot be trained with the loss {type(self.loss).__name__}: set "
-                "model.params.lossconfig.target to ldm.modules.losses.LPIPSWithDiscriminator (KL) or "
-                "ldm.modules.losses.VQLPIPSWithDiscriminator (VQ)"
-            )
-        return super().configure_optimizers()
-
-    def _between(self) -> list[nn.Module]:
-        """Trained modules between encoder and decoder."""
-        return [self.quant_conv, self.post_quant_conv]
-
-    def generator_parameters(self) -> list[nn.Parameter]:
-        return [p for m in (self.encoder, self.decoder, *self._between()) for p in m.parameters()]
-
-    def discriminator_parameters(self) -> list[nn.Parameter]:
-        return list(self.loss.discriminator.parameters())
-
-    # --- pictures -----------------------------------------------------------------------------------------------------
-
-    def to_rgb(self, x: Tensor) -> Tensor:
-        """[B, n, H, W] with n > 3 -> [B, 3, H, W] in [-1, 1], one random colour per channel."""
-        if x.shape[1] <= 3:
-            return x
-        colors = getattr(self, "colorize", None)
-        if colors is None:
-            colors = torch.randn(3, x.shape[1], 1, 1, generator=torch.Generator().manual_seed(0))
-        x = F.conv2d(x, colors.to(x))
-        return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0
-
-
-def _unprefixed(logs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The official losses name their logs `<split>/<name>`; the base class adds the split itself."""
-    return {k.partition("/")[2]: v for k, v in logs.items()}
+from ldm.util import SeededNoise, instantiate_from_config
 
 
 class AutoencoderKL(AutoencoderBase):
@@ -187,14 +84,14 @@ class AutoencoderKL(AutoencoderBase):
         x = self.get_input(batch, self.image_key)
         reconstructions, posterior = self(x)
         loss, logs = self.loss(x, reconstructions, posterior, 0, self.updates, last_layer=self.get_last_layer())
-        return loss, _unprefixed(logs)
+        return loss, unprefixed(logs)
 
     def discriminator_loss(self, batch: dict[str, Any]) -> Losses:
         x = self.get_input(batch, self.image_key)
         with torch.no_grad():
             reconstructions, posterior = self(x)
         loss, logs = self.loss(x, reconstructions, posterior, 1, self.updates)
-        return loss, _unprefixed(logs)
+        return loss, unprefixed(logs)
 
     @torch.no_grad()
     def log_images(self, batch: dict[str, Any], n: int = 8, only_inputs: bool = False, **_: Any) -> dict[str, Tensor]:
@@ -347,7 +244,7 @@ class VQModel(AutoencoderBase):
         x = self.get_input(batch, self.image_key)
         reconstructions, quant_loss, indices = self(x, return_pred_indices=True)
         loss, logs = self.loss(quant_loss, x, reconstructions, 0, self.updates, last_layer=self.get_last_layer())
-        logs = _unprefixed(logs)
+        logs = unprefixed(logs)
         logs["perplexity"], usage = measure_perplexity(indices, self.n_embed)
         logs["cluster_usage"] = usage.float()
         if not self.training:
@@ -359,7 +256,7 @@ class VQModel(AutoencoderBase):
         with torch.no_grad():
             reconstructions, quant_loss = self(x)
         loss, logs = self.loss(quant_loss, x, reconstructions, 1, self.updates)
-        return loss, _unprefixed(logs)
+        return loss, unprefixed(logs)
 
     def _count(self, indices: Tensor) -> None:
         if self._code_counts is None:
@@ -387,7 +284,7 @@ class VQModel(AutoencoderBase):
     def log_images(
         self, batch: dict[str, Any], n: int = 8, only_inputs: bool = False, plot_ema: bool = True, **_: Any
     ) -> dict[str, Tensor]:
-        """inputs, reconstructions, and reconstructions_ema of the averaged weights."""
+        """inputs, reconstructions, reconstructions_ema of the averaged weights, and the codebook as one picture."""
         x = self.get_input(batch, self.image_key)[:n]
         images = {"inputs": self.to_rgb(x)}
         if only_inputs:
@@ -396,7 +293,21 @@ class VQModel(AutoencoderBase):
         if plot_ema and self.use_ema:
             with self.ema_scope():
                 images["reconstructions_ema"] = self.to_rgb(self(x)[0]).clamp(-1, 1)
+        images["codebook"] = self.codebook_picture()
         return images
+
+    @torch.no_grad()
+    def codebook_picture(self, limit: int = 256) -> Tensor:
+        """The first `limit` codes, each decoded from a map of itself: one picture [1, 3, H, W] in [-1, 1]."""
+        n = min(limit, self.n_embed)
+        codes = torch.arange(n, device=self.device)[:, None, None].expand(n, 3, 3)
+        tiles = torch.cat([self.to_rgb(self.decode_code(c)) for c in codes.split(32)]).clamp(-1, 1)
+        third = tiles.shape[2] // 3
+        tiles = tiles[:, :, third : 2 * third, third : 2 * third]  # away from the borders
+        columns = math.ceil(n**0.5)
+        tiles = torch.cat([tiles, tiles.new_full((-n % columns, *tiles.shape[1:]), -1.0)])
+        rows = tiles.unflatten(0, (-1, columns))  # [rows, columns, 3, f, f]
+        return rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[None]
 
 
 class VQModelInterface(VQModel):

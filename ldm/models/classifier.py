@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from ldm.models.base import BaseModel
-from ldm.models.pretrained import IMAGENET, load_weights, pixel_statistics
+from ldm.models.pretrained import HALF, IMAGENET, load_weights, pixel_statistics
 from ldm.modules.classifiers.common import BufferEma
 from ldm.util import UserError, image_grid, instantiate_from_config, log_txt_as_img
 
@@ -93,11 +93,10 @@ class Classifier(BaseModel):
         if normalize == "imagenet":
             mean, std = IMAGENET
         # ((x + 1) / 2 - mean) / std as one multiplication and one sum, left out where it changes nothing
+        self.normalized = (tuple(mean), tuple(std)) != HALF
         m, s = (torch.tensor(v).view(1, -1, 1, 1) for v in (mean, std))
-        scale, shift = 0.5 / s, (0.5 - m) / s
-        self.normalized = not (bool((scale == 1).all()) and bool((shift == 0).all()))
-        self.register_buffer("pixel_scale", scale, persistent=False)
-        self.register_buffer("pixel_shift", shift, persistent=False)
+        self.register_buffer("pixel_scale", 0.5 / s, persistent=False)
+        self.register_buffer("pixel_shift", (0.5 - m) / s, persistent=False)
 
     def _new_scores(self) -> nn.ModuleDict:
         ks = (1, 5) if self.num_classes > 5 else (1,)

@@ -61,9 +61,9 @@ def _from_torchvision(network: str, name: str) -> dict[str, Tensor]:
 
     if network not in list_models():
         raise UserError(f"weights torchvision://{name}: torchvision has no {network}{suggest(network, list_models())}")
-    known = get_model_weights(network).__members__
+    known = get_model_weights(network).__members__  # DEFAULT is an alias of one of them
     if name not in known:
-        raise UserError(f"weights torchvision://{name}: {network} has {', '.join(known)}{suggest(name, known)}")
+        raise UserError(f"weights torchvision://{name}: {network} has {', '.join(known)}")
     url = known[name].url
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not path.is_file():

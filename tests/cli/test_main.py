@@ -182,3 +182,26 @@ def test_sigusr1_saves_and_goes_on(tmp_path):
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert finish(process)[0] == 143
+
+
+def test_overrides_may_stand_anywhere():
+    import main
+
+    argv = [
+        "-t",
+        "-b",
+        "a.yaml",
+        "x.y=1",
+        "--trust",
+        "mine",
+        "z=2",
+        "--no-test",
+        "w.v=a=b",
+        "-n",
+        "k=v",
+        "--max_steps",
+        "3",
+    ]
+    rest, overrides = main.take_overrides(argv)
+    assert rest == ["-t", "-b", "a.yaml", "--trust", "mine", "--no-test", "-n", "k=v", "--max_steps", "3"]
+    assert overrides == ["x.y=1", "z=2", "w.v=a=b"]

@@ -42,7 +42,9 @@ def named_in_yaml():
 def test_official_yaml_targets_resolve_and_bind(target, path, params):
     cls = get_obj_from_str(target)
     accepted = accepted_params(cls)
-    assert accepted is None or set(params) <= set(accepted), f"{path}: {target} does not take {set(params) - set(accepted)}"
+    assert accepted is None or set(params) <= set(accepted), (
+        f"{path}: {target} does not take {set(params) - set(accepted)}"
+    )
 
 
 @pytest.mark.parametrize("fixture", sorted(p.name for p in FIXTURES.glob("*.json")))

@@ -283,7 +283,9 @@ def test_average_of_vqmodel(tmp_path):
     state = model.state_dict()
     assert int(state["model_ema.num_updates"]) == 3
     assert "model_ema.encoderconv_inweight" in state and "model_ema.quantizeembeddingweight" in state
-    assert set(model.log_images(batch())) == {"inputs", "reconstructions", "reconstructions_ema"}
+    images = model.log_images(batch())
+    assert set(images) == {"inputs", "reconstructions", "reconstructions_ema", "codebook"}
+    assert images["codebook"].shape == (1, 3, 6 * 2, 6 * 2)  # 32 codes in rows of six, two pixels wide each
 
 
 def test_random_training_sizes():
@@ -392,3 +394,57 @@ def test_nothing_stays_on_the_cpu(make):
         if make is kl:
             assert model.sample(seeds=[1, 2]).device.type == "cuda"
         assert isinstance(kl().encode(torch.zeros(2, 3, 16, 16)), DiagonalGaussianDistribution)
+
+
+# --- relatives --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, params",
+    [
+        ("EMAVectorQuantizer", {"restart": 0.1}),
+        ("FSQ", {"levels": [4, 2, 2, 2]}),
+        ("LookupFreeQuantizer", {}),
+    ],
+)
+def test_other_codebooks(name, params, tmp_path):
+    config = {"target": f"ldm.modules.quantize.{name}", "params": params}
+    model = vq(quantizer_config=config, n_embed=16 if name == "LookupFreeQuantizer" else 32)
+    trainer(tmp_path, max_steps=2).fit(model, DataLoader(Pictures(), batch_size=2))
+    images = model.eval().log_images(batch())
+    assert images["codebook"].isfinite().all()
+    x = batch()["image"].permute(0, 3, 1, 2)
+    reconstructions, _, indices = model(x, return_pred_indices=True)
+    assert torch.allclose(model.decode_code(indices.view(2, 8, 8)), reconstructions, atol=1e-5)
+
+
+def test_gumbel_codes_sharpen(tmp_path):
+    schedule = {"target": "ldm.lr_scheduler.LambdaWarmUpCosineScheduler"}
+    schedule["params"] = {"warm_up_steps": 0, "max_decay_steps": 2, "lr_start": 1.0, "lr_max": 1.0, "lr_min": 0.1}
+    config = {"target": "taming.models.vqgan.GumbelVQ", "params": {"ddconfig": {**DD, "double_z": False}}}
+    config["params"] |= {"lossconfig": VQ_LOSS, "embed_dim": 4, "n_embed": 32, "use_ema": True}
+    model = instantiate_from_config(
+        {**config, "params": {**config["params"], "temperature_scheduler_config": schedule}}
+    )
+    t = trainer(tmp_path, max_steps=3)
+    t.fit(model, DataLoader(Pictures(), batch_size=2))
+    assert float(t.callback_metrics["train/temperature"]) == pytest.approx(0.1)  # of the third update, number 2
+    assert {"quantize.proj.weight", "quantize.embed.weight", "model_ema.quantizeprojweight"} <= set(model.state_dict())
+    assert "model_ema.quantizeembeddingweight" not in model.state_dict()
+
+
+def test_segmentation_maps_train_with_one_optimiser(tmp_path):
+    params = dict(CONFIGS["taming/configs/coco_cond_stage.yaml"]["model"]["params"])
+    with torch.device("meta"):
+        full = instantiate_from_config({"target": "taming.models.vqgan.VQSegmentationModel", "params": params})
+    assert full.colorize.shape == (3, 183, 1, 1)
+    small = {**params, "embed_dim": 4, "n_embed": 8, "n_labels": 5, "lossconfig": params["lossconfig"]}
+    small["ddconfig"] = {**DD, "double_z": False, "in_channels": 5, "out_ch": 5}
+    model = instantiate_from_config({"target": "taming.models.vqgan.VQSegmentationModel", "params": small})
+    maps = [{"segmentation": torch.nn.functional.one_hot(torch.randint(5, (16, 16)), 5)} for _ in range(8)]
+    t = trainer(tmp_path, max_steps=2, accumulate_grad_batches=2, gradient_clip_val=1.0)
+    t.fit(model, DataLoader(maps, batch_size=2))
+    assert t.global_step == model.updates == 2
+    assert {"train/bce_loss", "train/quant_loss", "train/total_loss"} <= set(t.callback_metrics)
+    images = model.log_images(next(iter(DataLoader(maps, batch_size=2))))
+    assert all(v.shape == (2, 3, 16, 16) for v in images.values())

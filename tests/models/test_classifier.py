@@ -133,7 +133,7 @@ def test_validation_is_over_all_images_and_for_both_weights(classes):
 
 def test_test_set_is_scored_by_itself():
     model = classifier()
-    trainer = fit(model, steps=1)
+    trainer = fit(model)
     before = float(trainer.callback_metrics["val/acc1"])
     logged = trainer.test(model, DataLoader(Pictures(), 8), verbose=False)[0]
     assert set(logged) == {"test/loss", "test/acc1", "test/acc5"}
@@ -186,8 +186,15 @@ def test_schedule_ends_with_the_run(target, params, length):
         optimizer_config={"target": "torch.optim.SGD"}, scheduler_config={"target": target, "params": params}
     )
     model.learning_rate = 0.1
-    trainer = fit(model, **length)
-    assert trainer.optimizers[0].param_groups[0]["lr"] < 1e-3
+    rates = []
+
+    class Rates(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    fit(model, **length, callbacks=[Rates()])
+    # one-cycle is at its end in the last step, the others after it
+    assert min(rates[-2:]) < 1e-3 < max(rates[:-2])
     assert "auto" in model.scheduler_config["params"].values()
 
 
@@ -216,10 +223,8 @@ def test_label_out_of_range_names_the_file():
 
 
 def test_batch_that_does_not_fit():
-    with pytest.raises(UserError, match=r"no key 'class_label'; the data set gives \['image'\]"):
-        classifier().check_batch({"image": torch.zeros(1, 8, 8, 3)})
-    with pytest.raises(UserError, match="no key 'class_label'; the data set gives .* label_key"):
-        classifier(label_key="class_label").check_batch({"image": torch.zeros(1, 8, 8, 3), "label": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"no key 'label'; the data set gives \['image'\] \(model.params.label_key\)"):
+        classifier(label_key="label").check_batch({"image": torch.zeros(1, 8, 8, 3)})
     with pytest.raises(UserError, match=r"got images \[6, 1, 16, 16\], expected \[B, 3, H, W\]"):
         classifier().check_batch(batch(channels=1))
     network = {"target": "ldm.modules.classifiers.alexnet.alexnet", "params": {"width": 0.1}}
@@ -309,10 +314,10 @@ def test_normalisation_by_hand():
 def test_names_and_net_of_torchvision_and_timm(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     network = {"target": "ldm.modules.classifiers.resnet.resnet18", "params": {}}
-    with pytest.raises(UserError, match=r"resnet18 has IMAGENET1K_V1 \(did you mean IMAGENET1K_V1\?\)"):
+    with pytest.raises(UserError, match="resnet18 has IMAGENET1K_V1"):
         classifier(1000, network, weights="torchvision://IMAGENET1K_V2")
     with pytest.raises(UserError, match="torchvision has no seresnet18"):
-        classifier(1000, {**network, "target": network["target"].replace("res", "seres", 1)}, weights="torchvision://X")
+        classifier(1000, {"target": "ldm.modules.classifiers.resnet.seresnet18"}, weights="torchvision://X")
     with pytest.raises(UserError, match="cannot be fetched .* give the file"):
         classifier(1000, network, weights="torchvision://IMAGENET1K_V1")
     with pytest.raises(UserError, match="timm://resnet18.a1_in1k cannot be fetched .* give the file"):
@@ -377,7 +382,7 @@ def test_pictures_show_mistakes_first_and_filters():
 def test_pictures_of_grey_images_and_wide_filters():
     assert labelled(torch.rand(2, 1, 200, 100), ["a", "b"], [True, False]).shape == (2, 3, 236, 106)
     assert filter_picture(torch.randn(4, 8, 3, 3)).shape[:2] == (1, 3)  # a mean over channels, drawn in grey
-    linear = classifier(network={"target": "torch.nn.Identity"}, num_classes=7)
+    linear = classifier()
     linear.model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 7))
     assert set(linear.eval().log_images(batch())) == {"inputs"}
 
@@ -405,7 +410,7 @@ def picture_folder(root, classes=("bird", "cat", "dog"), each=14):
             (root / split / name).mkdir(parents=True, exist_ok=True)
             for i in range(count):
                 pixels = rng.integers(0, 80, (20, 24, 3), dtype=np.uint8)
-                pixels[..., c] += 150
+                pixels[..., c % 3] += 150
                 Image.fromarray(pixels).save(root / split / name / f"{i}.png")
 
 
@@ -424,17 +429,11 @@ def test_own_folder_trains_tests_and_goes_on_from_weights(tmp_path, capfd):
     assert len(best) == 1
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["class_names"] == ["bird", "cat", "dog"]
     assert list((run / "images/val").glob("inputs_*.png")) and list((run / "images/train").glob("filters_*.png"))
-    # head-only difference: five classes on top of these weights
+    # five classes on top of these weights
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     state = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
     torch.save(state, tmp_path / "start.pth")
-    picture_folder(tmp_path / "five", ("a", "b", "c"), 6)
-    for extra in ("d", "e"):
-        for split in ("train", "val", "test"):
-            (tmp_path / "five" / split / "a").rename(tmp_path / "five" / split / extra) if False else None
-            source, target = tmp_path / "five" / split / "a" / "0.png", tmp_path / "five" / split / extra
-            target.mkdir()
-            (target / "0.png").write_bytes(source.read_bytes())
+    picture_folder(tmp_path / "five", ("a", "b", "c", "d", "e"), 3)
     argv[3] = f"data.params.root={tmp_path / 'five'}"
     start = [*argv, *slim, f"model.params.weights={tmp_path / 'start.pth'}", "--max_steps", 1, "-l", tmp_path / "b"]
     capfd.readouterr()

@@ -330,6 +330,11 @@ def test_sampling_options_that_do_not_fit(options, message):
         tiny().sample(seeds=[0], **options)
 
 
+def test_the_official_call_takes_a_condition_too():
+    model = tiny(**CLASSES)
+    assert model.sample(model.condition([0, 1]), batch_size=2).shape == (2, 3, 8, 8)
+
+
 def test_height_and_width():
     assert tiny().sample(seeds=[0], steps=1, height=12, width=16).shape == (1, 3, 12, 16)
 
@@ -416,6 +421,14 @@ def test_tables_stay_in_full_precision():
     reference = tiny().sample(seeds=[0], steps=3)
     assert (model.sample(seeds=[0], steps=3) - reference).abs().mean() < 0.05
     assert model.loss(batch_of())[0].isfinite()
+
+
+def test_a_file_in_half_precision_leaves_the_tables_alone():
+    model = tiny()
+    checkpoint.load(model, {k: v.half() for k, v in tiny(seed=1).state_dict().items()}, assign=True)
+    assert next(model.model.parameters()).dtype == torch.float16
+    assert torch.equal(model.alphas_cumprod, tiny().alphas_cumprod)
+    assert torch.equal(model.path.alpha(torch.arange(20)), tiny().path.alpha(torch.arange(20)))
 
 
 def test_mixed_precision_trains(tmp_path):

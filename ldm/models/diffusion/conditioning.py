@@ -142,7 +142,7 @@ class Conditioning(ClassLabels, FirstStage):
         if cond is None or self.conditioning_key is None:
             return {}
         if isinstance(cond, Mapping):
-            return {k: joined(v) for k, v in cond.items()}
+            return {k: joined(v) for k, v in cond.items() if k != "uncond"}
         name = {"concat": "c_concat", "adm": "y"}.get(self.conditioning_key, "c_crossattn")
         return {name: joined(cond)}
 

@@ -248,7 +248,7 @@ class DDPM(ClassLabels, TabledDiffusion):
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         """The network's output for x_t [B, C, H, W], t [B]."""
-        return self.model(x_noisy, self.network_time(t), **(cond or {}))
+        return self.model(x_noisy, self.network_time(t), **self.as_condition(cond))
 
     def network_time(self, t: Tensor) -> Tensor:
         """The network's time embedding was made for table indices."""

@@ -197,14 +197,11 @@ class TabledDiffusion(BaseModel):
 
     def as_condition(self, cond: Any) -> dict[str, Any]:
         """A condition as keyword arguments of the network."""
-        return dict(cond or {})
+        return {k: v for k, v in (cond or {}).items() if k != "uncond"}
 
     def split_condition(self, cond: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """(condition, unconditional condition); what the latter does not name, both have in common."""
-        uncond = cond.get("uncond") if isinstance(cond, Mapping) else None
-        if isinstance(cond, Mapping):
-            cond = {k: v for k, v in cond.items() if k != "uncond"}
-        cond = self.as_condition(cond)
+        uncond, cond = cond.get("uncond") if isinstance(cond, Mapping) else None, self.as_condition(cond)
         return cond, None if uncond is None else {**cond, **self.as_condition(uncond)}
 
     def _times(self, steps: int, grid: str | None, strength: float) -> Tensor:
