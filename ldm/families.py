@@ -224,6 +224,7 @@ RULES: tuple[_Rule, ...] = (
     _rule("classifier", "classifier run", note=IN_THE_RUN, kind="run"),
     _rule("clip-text", "CLIP text encoder", note="a whole model has a U-Net and a first stage too", kind="clip"),
 )
+NO_MODELS = ("lora", "controlnet", "diffusers", "clip-text", "stylegan2")  # never what a diffusion config wants
 UNKNOWN = Family("unknown", "model of an unknown kind")
 
 
@@ -236,10 +237,11 @@ def detect(state: Mapping[str, Tensor]) -> Family:
 def mismatch(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
     """What to tell a user whose checkpoint `state` does not fit a model with the state dict `own`.
 
-    None if both are of one family, or either of none that is known.
+    None if they are of one family, or if the checkpoint is of no released one.
     """
     file, model = detect(state), detect(own)
-    if UNKNOWN in (file, model) or (file.name, file.configs) == (model.name, model.configs):
+    released = file.config is not None or file.name in NO_MODELS
+    if not released or (file.name, file.configs) == (model.name, model.configs):
         return None
     message = f"this is {_article(file.title)} file, the config is {model.title}"
     if file.config:

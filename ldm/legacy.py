@@ -119,11 +119,17 @@ TARGETS: dict[str, str] = {
     **_rows(
         "taming.modules.vqvae.quantize",
         "ldm.modules.quantize",
-        "VectorQuantizer2 VectorQuantizer=VectorQuantizer2 GumbelQuantize EMAVectorQuantizer",
+        "VectorQuantizer2 VectorQuantizer=VectorQuantizer2 GumbelQuantize",
     ),
     **_rows("taming.models.vqgan", "ldm.models.autoencoder", "VQModel"),
     **_rows("taming.models.vqgan", "ldm.models.vqgan", "GumbelVQ VQSegmentationModel"),
     **_rows("sgm.models.autoencoder", "ldm.models.autoencoder", "AutoencoderKL IdentityFirstStage"),
+    # StyleGAN2
+    **_rows(
+        "training.networks_stylegan2",
+        "ldm.modules.stylegan2",
+        "Generator Discriminator MappingNetwork SynthesisNetwork",
+    ),
     # data; the classes of `filelist` were named in official YAMLs but never released
     "main.WrappedDataset": "ldm.data.sampler.Streamed",
     **_both("ldm.data.faceshq", "ldm.data.filelist", "CelebAHQ FFHQ"),

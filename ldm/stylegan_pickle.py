@@ -13,6 +13,7 @@ import io
 import math
 import pickle
 import struct
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,7 +255,9 @@ def _flat_tensor(raw: bytes) -> Tensor:
         raise UserError(f"refused: the data of a tensor is not plain numbers ({str(error).splitlines()[0]})") from None
     if not isinstance(storage, torch.TypedStorage):
         raise UserError(f"refused: the data of a tensor is {type(storage).__name__}, expected plain numbers")
-    return torch.empty(0, dtype=storage.dtype).set_(storage.untyped())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # it is what such files hold
+        return torch.empty(0, dtype=storage.dtype).set_(storage.untyped())
 
 
 def _rebuild_tensor(flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:

@@ -86,7 +86,8 @@ def _worth_saying(record: logging.LogRecord) -> bool:
 def quieten() -> None:
     """Leaves out what Lightning says of hardware that is not there and of products, and warnings about itself."""
     warnings.filterwarnings("ignore", module="lightning")
-    logging.getLogger(rank_zero_module.__name__).addFilter(_worth_saying)
+    for name in (rank_zero_module.__name__, "lightning.pytorch.trainer.connectors.checkpoint_connector"):
+        logging.getLogger(name).addFilter(_worth_saying)
 
 
 # --- config -----------------------------------------------------------------------------------------------------------

@@ -73,7 +73,9 @@ def get_obj_from_str(path: str) -> Any:
     """
     from ldm.legacy import TARGETS, is_legacy_module
 
-    real = TARGETS.get(path, path)
+    real, head = TARGETS.get(path, path), path.rpartition(".")[0]
+    if head in TARGETS:  # a method of a class that has moved
+        real = f"{TARGETS[head]}.{path.rpartition('.')[2]}"
     package = real.partition(".")[0]
     if package not in ALLOWED_PACKAGES:
         hint = suggest(path, TARGETS)

@@ -191,7 +191,7 @@ def read_folder(path: Path, config: str | Path | None) -> Source:
     else:
         chosen, where = folders.official_config(path), "made from its config.json files"
     recipe = recipe_of(chosen)
-    extra = checkpoint.read_state(own / "extra.safetensors") if (own / "extra.safetensors").is_file() else None
+    extra = _extra(own)
     places = _places(recipe, extra)
     layout = layout_of(recipe, places, 1.0)
     state: dict[str, Tensor] = {}
@@ -207,7 +207,7 @@ def read_folder(path: Path, config: str | Path | None) -> Source:
     if extra is None:
         made = _missing_tensors(recipe, layout, places, dtype)
         state |= made
-        if any(k.startswith(CONDITIONERS) and k.endswith("logit_scale") for k in made):
+        if any(k.startswith(CONDITIONERS) and ".resblocks." in k for k in made):
             said.append("parts of the text tower that the model does not read are not in the folder: filled with zeros")
     state |= extra or {}
     if is_first_stage(recipe):
@@ -218,13 +218,20 @@ def read_folder(path: Path, config: str | Path | None) -> Source:
     return Source(state, chosen, metadata, said)
 
 
+def _extra(own: Path) -> dict[str, Tensor] | None:
+    """The tensors beside the folder's components; None for a folder that this project did not write."""
+    if (own / "extra.safetensors").is_file():
+        return checkpoint.read_state(own / "extra.safetensors")
+    return {} if (own / "config.yaml").is_file() else None
+
+
 def _json(path: Path) -> dict[str, str]:
     return folders.read_json(path) if path.is_file() else {}
 
 
 def _places(recipe: Recipe, extra: Mapping[str, Tensor] | None) -> dict[str, str]:
     """Prefixes of the file to write: those of the file that the folder was made from, else the released files'."""
-    if extra is not None and extra:
+    if extra:
         return prefixes(recipe, extra)
     engine = recipe.params["conditioning_key"] == "crossattn-adm"
     return prefixes(recipe, dict.fromkeys([CONDITIONERS[engine]]))
@@ -305,7 +312,8 @@ def write_folder(source: Source, out: Path) -> None:
         _dump(source.metadata, place / folders.OWN / "metadata.json")
         text = yaml.safe_dump(source.config, sort_keys=False)
         (place / folders.OWN / "config.yaml").write_text(text, encoding="utf-8")
-        _save(rest, place / folders.OWN / "extra.safetensors", {"format": "pt"})
+        if rest:
+            _save(rest, place / folders.OWN / "extra.safetensors", {"format": "pt"})
         if out.is_dir():
             out.rmdir()
         os.replace(place, out)
@@ -372,4 +380,5 @@ def _writing(out: Path) -> Iterator[None]:
         raise UserError(f"{out} could not be written: {e}") from e
     finally:
         shutil.rmtree(out.with_name(out.name + ".part"), ignore_errors=True)
-        out.with_name(f".{out.name}.part").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            out.with_name(f".{out.name}.part").unlink()

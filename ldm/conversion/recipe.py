@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "concat_mode": True,
     "cond_stage_key": None,
 }
+NAMES = {"unet": "U-Net", "first_stage": "first stage (VAE)", "conditioner": "conditioner (text encoder)"}
 # what checkpoints hold beside the parts: schedule tables, averages, scales, the losses of a first stage
 BESIDE = ("betas", "alphas_", "sqrt_", "log_one_", "posterior_", "lvlb_weights", "logvar", "scale_factor", "ddim_")
 BESIDE += ("model_ema.", "denoiser.sigmas", "loss.", STAGE + "loss.", STAGE + "model_ema.")
@@ -139,16 +140,19 @@ def check(recipe: Recipe, state: Mapping[str, Tensor], source: str) -> None:
         config = getattr(recipe, what)
         if isinstance(config, Mapping):
             own |= {places[what] + k: v for k, v in _skeleton(config).items()}
-    hint = mismatch(state, own)
-    if hint is not None:
-        raise UserError(f"{source}: {hint}")
+    try:
+        _raise_problems(own, state, places, source)
+    except UserError as e:
+        hint = mismatch(state, own)
+        raise UserError(f"{source}: {hint}") if hint else e from None
+
+
+def _raise_problems(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], places: Mapping[str, str], source: str
+) -> None:
     for what, prefix in places.items():
         if any(k.startswith(prefix) for k in own) and not any(k.startswith(prefix) for k in state):
-            raise UserError(f"{source} holds no {what.replace('_', ' ')}: expected tensors named {prefix}...")
-    _raise_problems(own, state, source)
-
-
-def _raise_problems(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
+            raise UserError(f"{source} holds no {NAMES[what]}: expected tensors named {prefix}...")
     known = (*BESIDE, *CONDITIONERS)  # an unconditional model's file may hold the first stage twice
     problems = {
         "missing": [k for k in own if k not in state and not k.endswith("position_ids")],

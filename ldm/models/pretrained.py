@@ -31,8 +31,8 @@ def pixel_statistics(weights: str | None, network: str) -> Statistics:
     if kind == "torchvision" and network not in _TRAINED_ON_HALF:
         return IMAGENET
     if kind == "timm":
-        config = _timm().get_pretrained_cfg(name, allow_unregistered=False)
-        return (tuple(config.mean), tuple(config.std)) if config else HALF
+        config = _fetch(str(weights), lambda: _timm().get_pretrained_cfg(name, allow_unregistered=False))
+        return tuple(config.mean), tuple(config.std)
     return HALF
 
 

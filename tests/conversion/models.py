@@ -84,7 +84,8 @@ def sdxl(refiner=False):
 V2 = {**SPATIAL, "num_head_channels": 16, "use_linear_in_transformer": True}
 PLAIN = {**NETWORK, "in_channels": 3, "out_channels": 3, "num_head_channels": 16}
 UNCONDITIONAL = {"conditioning_key": None, "concat_mode": False, "scale_factor": 1.0}
-UPDOWN = {**PLAIN, "use_scale_shift_norm": True, "resblock_updown": True, "use_new_attention_order": True}
+UPDOWN = {**PLAIN, "use_scale_shift_norm": True, "resblock_updown": True}
+NEW_ORDER = {**PLAIN, "num_classes": 11, "use_new_attention_order": True}
 BERT = {"n_embed": 32, "n_layer": 2, "vocab_size": 100, "max_seq_len": 12}
 CLASSES = {"embed_dim": 32, "n_classes": 11, "key": "class_label"}
 TRAINED = {"conditioning_key": None, "concat_mode": True, "cond_stage_key": "segmentation", "scale_factor": 1.0}
@@ -145,7 +146,7 @@ CONFIGS = {
     "pixel-class": {
         "model": {
             "target": "ldm.models.diffusion.ddpm.DDPM",
-            "params": {"unet_config": {"target": UNET, "params": {**PLAIN, "num_classes": 11}}, "image_size": 8},
+            "params": {"unet_config": {"target": UNET, "params": NEW_ORDER}, "image_size": 8},
         }
     },
 }

@@ -1,0 +1,39 @@
+"""Alternating measurements: each round times every side once, and the ratio is the median over rounds."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def compare(sides: dict[str, Callable[[], float | None]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Times every side once a round, in turn. A side may return its own seconds; else the whole call is timed."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(warm_up + rounds):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            own = side()
+            took = time.perf_counter() - start if own is None else own
+            if number >= warm_up:
+                seconds[name].append(took)
+    return seconds
+
+
+def report(title: str, seconds: dict[str, list[float]], ours: str) -> None:
+    """Prints medians and the median of the per-round ratios of `ours` to each other side."""
+    print(f"\n{title}  ({machine()})")
+    for name, values in seconds.items():
+        line = f"  {name:32s} {statistics.median(values):8.3f} s"
+        if name != ours:
+            ratios = [a / b for a, b in zip(seconds[ours], values, strict=True)]
+            line += f"   {ours} / {name} = {statistics.median(ratios):.3f}"
+            line += f"  ({len(ratios)} rounds: {min(ratios):.3f}..{max(ratios):.3f})"
+        print(line)
+
+
+def machine() -> str:
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
