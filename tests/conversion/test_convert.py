@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import diffusers
 import pytest
 import torch
 import yaml
@@ -15,7 +16,7 @@ from ldm.util import UserError
 from tests.conversion.models import CONFIGS, config, modules, official_state, with_average
 from tests.reference import filler
 
-diffusers = pytest.importorskip("diffusers")
+
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 TOWERS = {"sd2": "cond_stage_model.", "sd2-v": "cond_stage_model.", "sdxl-base": "conditioner.embedders.1."}
 TOWERS["sdxl-refiner"] = "conditioner.embedders.0."

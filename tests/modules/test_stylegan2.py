@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm.modules import stylegan2_ops as ops
+from ldm.modules.ada import PRESETS, AdaptiveAugment, AugmentPipe, DiffAugment
 from ldm.modules.stylegan2 import Discriminator, Generator, MappingNetwork, mix_styles, style_mixing
 from ldm.modules.stylegan2_layers import MinibatchStdLayer, SynthesisLayer
 from tests.reference import compare, filler
@@ -484,3 +486,33 @@ def test_faults_of_networks():
     G = Generator(**TINY)
     with pytest.raises(ValueError, match=r"ws: got \[1, 2, 8\], expected \[B, 6, 8\]"):
         G.synthesis(torch.zeros(1, 2, 8))
+
+
+@torch.no_grad()
+def test_the_benchmark_compares_equal_networks():
+    from benchmarks import stylegan2 as benchmark
+
+    torch.manual_seed(0)
+    for architecture in ("skip", "resnet"):
+        G = Generator(**TINY, architecture=architecture)
+        D = Discriminator(0, 16, 3, architecture, channel_base=128)
+        ws = G.mapping(torch.randn(4, 8), None)
+        outs = {}
+        for plain in (False, True):
+            with benchmark.formulation(plain):
+                img = G.synthesis(ws, noise_mode="const")
+                outs[plain] = (img, D(img))
+        for ours, plain in zip(outs[False], outs[True], strict=True):
+            torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_nothing_stays_behind_on_the_cpu():
+    with FakeTensorMode(allow_non_fake_inputs=False), torch.device("cuda"), torch.no_grad():
+        G = Generator(**{**TINY, "c_dim": 2, "num_fp16_res": 2})
+        D = Discriminator(2, 16, 3, channel_base=128, num_fp16_res=2)
+        z, c = torch.randn(4, 8), torch.zeros(4, 2)
+        steps = list(G.synthesis.steps(style_mixing(G.mapping(z, c, 0.7, update_emas=True), G.mapping(z, c))))
+        assert [x.dtype for _, x, _ in steps] == [torch.float32, torch.float16, torch.float16]
+        img = AdaptiveAugment(AugmentPipe(**PRESETS["bgcfnc"]))(DiffAugment()(steps[-1][2]))
+        logits = D(img, c)
+        assert (img.device.type, logits.device.type, logits.dtype) == ("cuda", "cuda", torch.float32)

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.base import BaseModel
-from ldm.models.diffusion.classes import ClassLabels
+from ldm.models.diffusion import general
+from ldm.models.diffusion.general import GeneralConditions, one_each
 from ldm.models.diffusion.first_stage import FirstStage
 from ldm.models.diffusion.wrapper import joined
-from ldm.modules.conditioners import ClassEmbedder
+from ldm.modules.conditioners import ClassEmbedder, GeneralConditioner
 from ldm.modules.distributions import DiagonalGaussianDistribution
 from ldm.modules.prompts import TextEmbedder
 from ldm.util import UserError, instantiate_from_config
@@ -23,13 +24,15 @@ FIRST_STAGE, UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__"
 IMAGENET_AND_NULL = 1001  # rows of the class table of cin256-v2, the last one null
 
 
-class Conditioning(ClassLabels, FirstStage):
+class Conditioning(GeneralConditions, FirstStage):
     """A latent recipe with a `cond_stage_model`. Subclasses call `init_cond_stage` when the first stage is there."""
 
     model: nn.Module
     cond_stage_model: nn.Module | None
     cond_stage_trainable: bool
     cond_stage_forward: str | None  # method of the conditioner to call; None = encode or forward
+    image_size: int | Sequence[int]
+    shorten_cond_schedule: bool
     concat_keys: Sequence[str]  # maps of the batch that go to the input's channels, in this order
     masked_image_key: str  # the one of them that is a picture and is encoded; the others are resized
 
@@ -52,6 +55,16 @@ class Conditioning(ClassLabels, FirstStage):
             rows = self.cond_stage_model.embedding.num_embeddings
             self.has_null_class = self.cond_dropout > 0 or rows == IMAGENET_AND_NULL
             self.num_classes = rows - self.has_null_class
+        elif isinstance(self.cond_stage_model, GeneralConditioner):
+            self._init_general(self.cond_stage_model)
+
+    def _init_general(self, conditioner: GeneralConditioner) -> None:
+        if self.cond_dropout:
+            raise UserError("cond_dropout: a GeneralConditioner has ucg_rate in each of its emb_models instead")
+        if self.concat_keys or self.shorten_cond_schedule:
+            raise UserError("concat_keys and num_timesteps_cond do not go with a GeneralConditioner")
+        if labels := general.labels_of(conditioner):
+            self.num_classes = labels[1]
 
     @property
     def conditioning_key(self) -> str | None:
@@ -60,8 +73,11 @@ class Conditioning(ClassLabels, FirstStage):
 
     @property
     def tolerated_keys(self) -> tuple[str, ...]:
-        """Prefixes of keys that a checkpoint may have or lack: this recipe's and its stages'."""
-        found = ["model_ema.", "lvlb_weights", "logvar", "scale_factor", "ddim_", "first_stage_model.model_ema."]
+        """Prefixes of keys that a checkpoint may have or lack: this recipe's and its stages'.
+
+        The tables come from the config where the file (of generative-models, say) has none.
+        """
+        found = ["model_ema.", "logvar", "scale_factor", "ddim_", "first_stage_model.model_ema.", *self._table_names]
         for name in ("first_stage_model", "cond_stage_model"):
             found += [f"{name}.{key}" for key in getattr(getattr(self, name), "tolerated_keys", ())]
         return tuple(found)
@@ -73,6 +89,9 @@ class Conditioning(ClassLabels, FirstStage):
 
         In training, entries are made null with probability `cond_dropout`.
         """
+        if isinstance(self.cond_stage_model, GeneralConditioner):
+            size = self._pixels() if x is None else x.shape[2:]
+            return general.with_sizes(self.cond_stage_model, batch, size, self.place)
         if key == self.first_stage_key:
             return x
         value = self.value_of(batch, key)
@@ -95,6 +114,8 @@ class Conditioning(ClassLabels, FirstStage):
         model = self.cond_stage_model
         if self.cond_stage_forward is not None:
             return getattr(model, self.cond_stage_forward)(c)
+        if isinstance(model, GeneralConditioner):
+            return general.embed_batch(model, c)
         if model is self.first_stage_model:
             out = self.encode_first_stage(c)
         elif isinstance(model, TextEmbedder) or not callable(getattr(model, "encode", None)):
@@ -159,6 +180,13 @@ class Conditioning(ClassLabels, FirstStage):
         clip_skip: int = 1,
         long_prompt: bool = False,
         weights: bool = True,
+        height: int | None = None,
+        width: int | None = None,
+        original_size: Sequence[int] | None = None,
+        crop: Sequence[int] | None = None,
+        target_size: Sequence[int] | None = None,
+        aesthetic_score: float | None = None,
+        negative_aesthetic_score: float = 2.5,
     ) -> dict[str, Any] | None:
         """The condition of each seed, with its absence as `uncond` where the model knows one.
 
@@ -166,13 +194,27 @@ class Conditioning(ClassLabels, FirstStage):
             classes: one each, or one for all; None = seed modulo number of classes.
             prompts: one each, or one for all; None = empty. negative_prompt: takes the place of the empty one.
             clip_skip, long_prompt, weights: see `TextEmbedder.encode`.
+            height, width: of the pictures, which SDXL is told; None = image_size.
+            original_size, crop, target_size: what SDXL is told of the picture before it was scaled, [height, width];
+                of what was cut off its top and left, [y, x] (None = nothing); and of its size. None = height and width.
+            aesthetic_score, negative_aesthetic_score: told to SDXL's refiner, the latter for `uncond` (None = 6).
         """
         if self.conditioning_key is None:
             return BaseModel.condition(self, seeds, classes=classes, prompts=prompts, negative_prompt=negative_prompt)
+        if isinstance(self.cond_stage_model, GeneralConditioner):
+            numbers = general.size_numbers(
+                self.cond_stage_model, self._pixels(height, width), original_size, crop, target_size, aesthetic_score
+            )
+            return self.general_condition(
+                self.cond_stage_model, seeds, classes, prompts, negative_prompt, numbers, negative_aesthetic_score,
+                clip_skip=clip_skip, long_prompt=long_prompt, weights=weights,
+            )  # fmt: skip
+        if any(v is not None for v in (original_size, crop, target_size, aesthetic_score)):
+            raise UserError("original_size, crop, target_size and aesthetic_score are for SDXL: this model reads none")
         if isinstance(self.cond_stage_model, TextEmbedder) and getattr(self.cond_stage_model, "use_tknz_fn", True):
             if classes is not None:
                 raise UserError("the model was trained on texts: it takes no class, give a prompt")
-            texts = self._one_each(list(prompts or [""]), len(seeds))
+            texts = one_each(prompts, len(seeds))
             return self._text_condition(texts, negative_prompt or "", clip_skip, long_prompt, weights)
         if self.num_classes is not None:
             labels = self.class_labels(seeds, classes, prompts or negative_prompt, self.betas.device)
@@ -185,12 +227,10 @@ class Conditioning(ClassLabels, FirstStage):
             "its condition comes from a data set"
         )
 
-    @staticmethod
-    def _one_each(texts: list[str], n: int) -> list[str]:
-        texts = texts * n if len(texts) == 1 else texts
-        if len(texts) != n:
-            raise UserError(f"got {len(texts)} prompts for {n} pictures, expected one each (or one for all)")
-        return texts
+    def _pixels(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width of the pictures; None = image_size."""
+        h, w = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return height or h * self.downsampling, width or w * self.downsampling
 
     def _class_condition(self, labels: Tensor) -> dict[str, Any]:
         if isinstance(self.cond_stage_model, ClassEmbedder):

@@ -17,7 +17,8 @@ from ldm import checkpoint
 from ldm.diffusion.denoiser import LOSS_WEIGHTS
 from ldm.models.diffusion.classes import ClassLabels
 from ldm.models.diffusion.pictures import Recorder, class_pictures, noising, row
-from ldm.models.diffusion.tables import Callback, Condition, TabledDiffusion, after_loading, ancestral, noise_like
+from ldm.models.diffusion.sampling import Callback, Condition
+from ldm.models.diffusion.tables import TabledDiffusion, after_loading, ancestral, noise_like
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.util import UserError, suggest
 

@@ -14,7 +14,7 @@ from ldm.models.diffusion.conditioning import UNCONDITIONAL, Conditioning
 from ldm.models.diffusion.ddpm import DDPM, Losses, pair
 from ldm.models.diffusion.loops import LatentLoops, first_rows
 from ldm.models.diffusion.pictures import Recorder, box_masks, class_pictures, noising, row, to_rgb
-from ldm.models.diffusion.tables import Callback
+from ldm.models.diffusion.sampling import Callback
 from ldm.util import UserError, isimage, ismap, log_txt_as_img
 
 

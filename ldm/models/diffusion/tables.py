@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import Denoiser, to_x0
-from ldm.diffusion.guidance import cfg, clip, inpaint
-from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import (
     FlowPath,
     Path,
@@ -21,15 +18,9 @@ from ldm.diffusion.schedule import (
     ddpm_buffers,
     expand,
     make_beta_schedule,
-    make_grid,
     rescale_betas_zero_snr,
-    slice_grid,
 )
-from ldm.models.base import BaseModel
-from ldm.util import SeededNoise, UserError, suggest
-
-Condition = Mapping[str, Any]  # c_concat, c_crossattn, y: tensors [B, ...]; `uncond`: the same for guidance
-Callback = Callable[[int, Tensor, Tensor, Tensor], object]  # (step, time, x_t, x0) -> true to stop
+from ldm.models.diffusion.sampling import SeededSampling
 
 
 def at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
@@ -49,17 +40,14 @@ def ancestral(mean: Tensor, log_variance: Tensor, t: Tensor, noise: Tensor) -> T
     return mean + expand((t != 0).to(mean), mean.ndim) * (0.5 * log_variance).exp() * noise
 
 
-class TabledDiffusion(BaseModel):
+class TabledDiffusion(SeededSampling):
     """A recipe with the DDPM paper's tables as buffers under their official names.
 
     Subclasses set the attributes below before `register_schedule`, and write `apply_model(x_t, t, cond)`.
     """
 
     parameterization: str
-    v_posterior: float
     zero_terminal_snr: bool
-    clip_denoised: bool
-    channels: int
     model: nn.Module
 
     def register_schedule(
@@ -153,72 +141,6 @@ class TabledDiffusion(BaseModel):
         """Mean, variance and log-variance of p(x_{t-1} | x_t)."""
         x0 = self.predict_start(x, t, self.apply_model(x, t, cond))
         return self.q_posterior(x0.clamp(-1.0, 1.0) if clip_denoised else x0, x, t)
-
-    # --- sampling by name and seed ------------------------------------------------------------------------------------
-
-    def generate(
-        self,
-        cond: Condition | None,
-        seeds: Sequence[int],
-        size: tuple[int, int],
-        steps: int,
-        sampler: str,
-        grid: str | None = None,
-        eta: float | None = None,
-        scale: float = 1.0,
-        mask: Tensor | None = None,
-        x0: Tensor | None = None,
-        strength: float = 1.0,
-        *,
-        noise: Tensor | None = None,
-        edit: Callable[[Tensor], Tensor] | None = None,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """[len(seeds), channels, *size] in the space of the network; the arguments are those of `sample`.
-
-        noise: x_T, instead of noise from the seeds. edit: changes each prediction of x0.
-        """
-        cond, uncond = self.split_condition(cond)
-        if scale != 1 and uncond is None:
-            raise UserError(f"scale {scale}: guidance needs a model trained with cond_dropout (or on text)")
-        if x0 is None and (mask is not None or strength != 1):
-            raise UserError("mask and strength need x0, the picture to start from")
-        path, randn, knobs = self.path, SeededNoise(seeds), self._knobs(sampler, eta)
-        times = self._times(steps, grid, strength)
-        x = randn((len(seeds), self.channels, *size), device=self.betas.device) if noise is None else noise
-        if x0 is not None and (mask is None or strength != 1):
-            x = path.add_noise(x0, x, times[0])
-        project = None if mask is None else inpaint(path, x0, mask, randn)
-        denoise = cfg(self.denoiser, cond, uncond, scale)
-        denoise = clip(denoise) if self.clip_denoised else denoise
-        guess = denoise if edit is None else lambda x, t: edit(denoise(x, t))
-        x = SAMPLERS[sampler](guess, x, times, path=path, randn=randn, project=project, callback=callback, **knobs)
-        return x if project is None else project(x, times[-1])
-
-    def as_condition(self, cond: Any) -> dict[str, Any]:
-        """A condition as keyword arguments of the network."""
-        return {k: v for k, v in (cond or {}).items() if k != "uncond"}
-
-    def split_condition(self, cond: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """(condition, unconditional condition); what the latter does not name, both have in common."""
-        uncond, cond = cond.get("uncond") if isinstance(cond, Mapping) else None, self.as_condition(cond)
-        return cond, None if uncond is None else {**cond, **self.as_condition(uncond)}
-
-    def _times(self, steps: int, grid: str | None, strength: float) -> Tensor:
-        try:
-            return slice_grid(make_grid(grid or self.path.default_grid, self.path, steps), strength)
-        except ValueError as e:
-            raise UserError(str(e)) from e
-
-    def _knobs(self, sampler: str, eta: float | None) -> dict[str, float]:
-        if sampler not in SAMPLERS:
-            known = ", ".join(SAMPLERS)
-            raise UserError(f"sampler: got {sampler!r}{suggest(sampler, SAMPLERS)}, expected one of {known}")
-        takes = inspect.signature(SAMPLERS[sampler].function).parameters
-        if eta and "eta" not in takes:
-            raise UserError(f"sampler {sampler} takes no eta")
-        knobs = {"eta": eta} if eta is not None and "eta" in takes else {}
-        return {**knobs, "v_posterior": self.v_posterior} if "v_posterior" in takes else knobs
 
     def restart_ema(self) -> None:
         """The average starts anew at the present weights."""

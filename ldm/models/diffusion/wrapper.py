@@ -24,13 +24,13 @@ class DiffusionWrapper(nn.Module):
     Args:
         diff_model_config: `{target, params}` of the network, kept as `diffusion_model`.
         conditioning_key: None (conditions are ignored), concat (to the input's channels), crossattn (as context),
-            hybrid (both) or adm (as `y`).
+            hybrid (both), adm (as `y`) or crossattn-adm (SDXL: context and `y`).
 
     Raises:
         ValueError: unknown conditioning_key, or a condition that it needs is absent.
     """
 
-    KEYS = (None, "concat", "crossattn", "hybrid", "adm")
+    KEYS = (None, "concat", "crossattn", "hybrid", "adm", "crossattn-adm")
 
     def __init__(self, diff_model_config: Mapping[str, Any], conditioning_key: str | None) -> None:
         super().__init__()
@@ -52,10 +52,12 @@ class DiffusionWrapper(nn.Module):
         inputs: dict[str, Tensor] = {}
         if key in ("concat", "hybrid"):
             x = torch.cat([x, self._needed("c_concat", c_concat).to(x)], dim=1)
-        if key in ("crossattn", "hybrid"):
+        if key in ("crossattn", "hybrid", "crossattn-adm"):
             inputs["context"] = self._needed("c_crossattn", c_crossattn)
         if key == "adm":
             inputs["y"] = self._needed("y", c_crossattn if y is None else y)
+        elif key == "crossattn-adm":
+            inputs["y"] = self._needed("y", y)
         # weights in half precision without autocast: the samplers' states stay in full precision around them
         dtype = next((p.dtype for p in self.diffusion_model.parameters()), x.dtype)
         out = self.diffusion_model(x.to(dtype), t, **inputs)

@@ -1,0 +1,201 @@
+"""Every command of README.md and docs/ is run as a user types it, from another folder, shrunk to a few steps.
+
+Placeholders: `logs/<run>` and the other names of RUNS are tiny runs of the config named there; `my_pictures` and `PATH`
+are a folder of pictures, `FILE` is a checkpoint, `picture.png` was drawn by scripts/sample.py. A page that needs
+another one adds a row here. `make X` is looked up in the Makefile without running it.
+"""
+
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ldm.config import leaves
+from tests.cli.tools import QUICK, ROOT, only_run, run_main
+from tests.docs.pages import PAGES, commands
+
+RUNS = {
+    "run": "configs/diffusion/ddpm_digits.yaml",
+    "classifier_run": "configs/classifier/resnet_digits.yaml",
+    "vae_run": "configs/autoencoder/vae_digits.yaml",
+}
+# what makes a network or an evaluation small: key of a YAML -> value
+SMALL = {"model_channels": 32, "num_res_blocks": 1, "iwae_samples": 1, "ch": 16, "batch_size": 4}
+# what makes a sampling command short: flag -> the most that is run
+SHORT = {"-n": 10, "--n_samples": 10, "--n-samples": 10, "--steps": 3, "--max_steps": 1, "--max_epochs": 1}
+ONE_STEP = ["--max_steps", "1", "--limit_val_batches", "1", "--limit_test_batches", "1"]
+OFFLINE = ("ldm.data.builtin.", "ldm.data.image.ImageFolder")  # data that a test has
+
+FOUND: dict[str, list[str]] = {}
+for page in PAGES:
+    for number, text in commands(page):
+        FOUND.setdefault(text, []).append(f"{page.relative_to(ROOT)}:{number}")
+
+
+# --- what placeholders stand for --------------------------------------------------------------------------------------
+
+
+class Things:
+    """Runs, pictures and files that commands name, each made when it is first needed."""
+
+    def __init__(self, folder):
+        self.folder, self.runs = folder, {}
+
+    def run(self, name):
+        assert name in RUNS, f"unknown placeholder <{name}>: tests/docs/test_commands.py knows {', '.join(RUNS)}"
+        if name not in self.runs:
+            yaml = str(ROOT / RUNS[name])
+            argv = ["-t", "-b", yaml, "-l", self.folder / name, "--max_steps", 2, "--no-test", *small([yaml])]
+            assert run_main(*argv, "lightning.callbacks.image_logger.params.disabled=true") == 0
+            self.runs[name] = only_run(self.folder / name)
+        return self.runs[name]
+
+    def copy_run(self, name, place):
+        """A copy that a command may write to."""
+        return Path(shutil.copytree(self.run(name), place / "logs" / name, dirs_exist_ok=True))
+
+    def pictures(self):
+        folder = self.folder / "my_pictures"
+        if not folder.exists():
+            rng = np.random.default_rng(0)
+            for i in range(24):
+                path = folder / ("cat", "dog", "ship")[i % 3] / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path)
+        return folder
+
+    def drawn(self):
+        path = self.folder / "drawn/00000.png"
+        if not path.exists():
+            argv = ["-r", self.run("run"), "-n", 1, "--steps", 2, "--outdir", path.parent]
+            assert run_script("sample.py", argv) == 0
+        return path
+
+
+@pytest.fixture(scope="session")
+def things(tmp_path_factory):
+    return Things(tmp_path_factory.mktemp("docs"))
+
+
+def small(yamls):
+    """key.path=value items that shrink the configs and keep them quiet."""
+    config = OmegaConf.merge(*map(OmegaConf.load, yamls))
+    keys = [k for k, _ in leaves(config) if k.rpartition(".")[2] in SMALL]
+    shrunk = {k: SMALL[k.rpartition(".")[2]] for k in keys}
+    return [*QUICK, *(f"{k}={v}" for k, v in shrunk.items())]
+
+
+def substitute(word, things, place):
+    """A word of a command with its placeholders filled in."""
+    if re.match(r"configs/.*\.yaml$", word):
+        assert (ROOT / word).is_file(), f"{word} does not exist"
+        return str(ROOT / word)
+    word = re.sub(r"(?:logs/)?<(\w+)>", lambda m: str(things.copy_run(m[1], place)), word)
+    head, equals, tail = word.partition("=")
+    value = tail if equals else head
+    if value in ("PATH", "my_pictures"):
+        value = str(things.pictures())
+    elif value == "FILE":
+        value = str(things.run("run") / "checkpoints/last.ckpt")
+    elif re.fullmatch(r"picture\.png|outputs/.*\.png", value):
+        value = str(things.drawn())
+    assert not re.search(r"<|>|\.\.\.", value) and not re.fullmatch(r"[A-Z]{2,}", value), f"unknown placeholder {word}"
+    return f"{head}={value}" if equals else value
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def run_script(name, argv):
+    """Exit code of scripts/<name>, run in this process as `python scripts/<name>` runs it."""
+    before = sys.argv, list(sys.path)
+    sys.argv = [name, *map(str, argv)]
+    try:
+        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+    except SystemExit as e:
+        return e.code or 0
+    finally:
+        sys.argv, sys.path[:] = before
+    return 0
+
+
+def shorten(argv):
+    """Numbers of steps and pictures no larger than SHORT says."""
+    short = list(argv)
+    for i, flag in enumerate(short[:-1]):
+        if flag in SHORT and short[i + 1].isdigit():
+            short[i + 1] = str(min(int(short[i + 1]), SHORT[flag]))
+    return short
+
+
+def run_training(argv, things):
+    """main.py: one step, a few pictures, no download."""
+    yamls = [w for w in argv if w.startswith(str(ROOT / "configs"))]
+    tiny = small(yamls) if yamls else [*QUICK]
+    train = OmegaConf.select(OmegaConf.merge(*map(OmegaConf.load, yamls)), "data.params.train.target") if yamls else ""
+    if train and not train.startswith(OFFLINE) and not any("data.params.root=" in w for w in argv):
+        tiny.append(f"data.params.root={things.pictures()}")
+    resumed = {"-r", "--resume"} & set(argv)
+    steps = ["--max_steps", "3", *ONE_STEP[2:]] if resumed else ONE_STEP
+    return run_main(*argv, *steps, *tiny)
+
+
+def run_demo(argv):
+    return run_script("demo.py", [*argv, *small([ROOT / RUNS["run"]]), "lightning.trainer.max_steps=1"])
+
+
+@pytest.mark.parametrize("command", FOUND, ids=[f"{w[0]}-{c}" for c, w in FOUND.items()])
+def test_command(command, things, tmp_path, monkeypatch, capfd):
+    words = [w for w in shlex.split(command, comments=True)]
+    while re.match(r"[A-Z_]+=", words[0]):
+        name, _, value = words.pop(0).partition("=")
+        monkeypatch.setenv(name, value)
+    if words[0] == "make":
+        assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0, command
+        return
+    script, words = words[1], [substitute(w, things, tmp_path) for w in words[2:]]
+    monkeypatch.chdir(tmp_path)
+    argv = shorten(words)
+    if {"--help", "-h"} & set(argv):
+        code = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True).returncode
+    elif script == "main.py":
+        code = run_training(argv, things)
+    elif script == "scripts/demo.py":
+        code = run_demo(argv)
+    else:
+        assert re.fullmatch(r"scripts/\w+\.py", script), f"unknown program {script}"
+        code = run_script(script.removeprefix("scripts/"), argv)
+    assert code == 0, f"{', '.join(FOUND[command])}: {command}\n{capfd.readouterr().err[-2000:]}"
+
+
+# --- the machinery itself: what is wrong on a page fails ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "word", ["logs/<another>", "PICTURES", "data.params.root=DIR", "configs/diffusion/no.yaml", "x..."]
+)
+def test_an_unknown_placeholder_fails(word, things, tmp_path):
+    with pytest.raises(AssertionError):
+        substitute(word, things, tmp_path)
+
+
+def test_commands_are_found_in_every_form(tmp_path):
+    page = tmp_path / "a.md"
+    page.write_text(
+        "Text `make demo`\nand `python\nmain.py -h`, not `python`.\n\n    python a.py x\n\n- item\n    make no\n\n"
+        "```sh\nWANDB_MODE=offline python b.py \\\n    -t  # why\nls\n```\n"
+    )
+    assert [c for _, c in sorted(commands(page))] == [
+        "make demo",
+        "python main.py -h",
+        "python a.py x",
+        "WANDB_MODE=offline python b.py -t  # why",
+    ]
