@@ -349,6 +349,8 @@ class StepProgress(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._enabled or not trainer.is_global_zero:
+            return
         total = trainer.estimated_stepping_batches
         self._bar = tqdm(
             total=None if math.isinf(total) else int(total),
@@ -357,7 +359,6 @@ class StepProgress(ProgressBar):
             unit="step",
             dynamic_ncols=True,
             mininterval=0.3 if sys.stderr.isatty() else 10.0,
-            disable=not (self._enabled and trainer.is_global_zero),
         )
 
     def on_train_batch_end(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ class AdversarialModel(BaseModel):
         clip: largest gradient norm, of the generator and of the discriminator apart; None for no limit.
 
     `accumulate_grad_batches` and `gradient_clip_val` of the Trainer, which Lightning refuses for two optimisers, are
-    taken over as these two.
+    taken over as these two. Over several processes, plain `strategy: ddp` works.
     """
 
     loss_names = ("generator_loss", "discriminator_loss")  # what the two losses are logged as
@@ -65,6 +66,8 @@ class AdversarialModel(BaseModel):
     def configure_callbacks(self) -> list[Any]:
         """Lightning calls this just before it would refuse the two Trainer settings below."""
         trainer = self.trainer
+        if isinstance(trainer.strategy, DDPStrategy):  # one network at a time is all that a backward pass ever uses
+            trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         if trainer.accumulate_grad_batches != 1:
             self.accumulate, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, 1
             rank_zero_info(f"two optimisers: the model accumulates {self.accumulate} batches per update")

@@ -1,5 +1,10 @@
 """The two-optimiser loop: what a step is, accumulation, clipping, schedules, precision, resuming."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -184,6 +189,35 @@ def test_bf16(tmp_path):
     model = Toy()
     trainer(tmp_path, max_steps=3, precision="bf16-mixed").fit(model, loader())
     assert weights(model).isfinite().all() and weights(model).dtype == torch.float32
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+from tests.models.test_adversarial import Toy, loader, trainer, weights
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    model = Toy(accumulate=2, clip=0.5)
+    t = trainer(sys.argv[1], max_steps=4, devices=2, strategy="ddp")
+    t.fit(model, loader(4))
+    torch.save(weights(model), f"{sys.argv[1]}/{t.global_rank}.pt")
+    assert t.global_step == model.updates == 4
+"""
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, tmp_path / "two.py", tmp_path]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    single = Toy(accumulate=2, clip=0.5)
+    trainer(tmp_path, max_steps=4).fit(single, loader(8))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(first, second)
+    assert torch.allclose(first, weights(single), atol=1e-6)
 
 
 def test_validation_logs_both_networks(tmp_path):

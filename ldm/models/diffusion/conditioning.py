@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ldm.models.base import BaseModel
 from ldm.models.diffusion import general
-from ldm.models.diffusion.general import GeneralConditions, one_each
 from ldm.models.diffusion.first_stage import FirstStage
+from ldm.models.diffusion.general import GeneralConditions, one_each
 from ldm.models.diffusion.wrapper import joined
 from ldm.modules.conditioners import ClassEmbedder, GeneralConditioner
 from ldm.modules.distributions import DiagonalGaussianDistribution
@@ -115,7 +115,7 @@ class Conditioning(GeneralConditions, FirstStage):
         if self.cond_stage_forward is not None:
             return getattr(model, self.cond_stage_forward)(c)
         if isinstance(model, GeneralConditioner):
-            return general.embed_batch(model, c)
+            return general.embed_batch(model, c, drop=self.training)
         if model is self.first_stage_model:
             out = self.encode_first_stage(c)
         elif isinstance(model, TextEmbedder) or not callable(getattr(model, "encode", None)):

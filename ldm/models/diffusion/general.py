@@ -50,12 +50,21 @@ def with_sizes(conditioner: GeneralConditioner, batch: Mapping[str, Any], size: 
     return {**batch, **{k: torch.tensor(v, device=device).expand(n, 2) for k, v in known.items() if k in wanted}}
 
 
-def embed_batch(conditioner: GeneralConditioner, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A batch's condition {c_crossattn, y, c_concat}; in training, parts of it are dropped by `ucg_rate`."""
-    try:
-        return named(conditioner(batch))
-    except ValueError as e:
-        raise UserError(str(e)) from e
+def check_inputs(conditioner: GeneralConditioner, batch: Mapping[str, Any]) -> None:
+    """Raises UserError where the batch lacks what the conditioner reads."""
+    if missing := [k for k in input_keys(conditioner) if k not in batch]:
+        raise UserError(f"the batch has no key {missing[0]!r} for the conditioner; the data set gives {sorted(batch)}")
+
+
+def embed_batch(conditioner: GeneralConditioner, batch: Mapping[str, Any], drop: bool) -> dict[str, Tensor]:
+    """A batch's condition {c_crossattn, y, c_concat}; drop: parts of it become null by `ucg_rate`."""
+    check_inputs(conditioner, batch)
+    return named(conditioner(batch) if drop else conditioner.encode(batch, weights=False))
+
+
+def reads_size(conditioner: GeneralConditioner) -> bool:
+    """Whether the size of the pictures is part of the condition."""
+    return bool({ORIGINAL, TARGET} & set(input_keys(conditioner)))
 
 
 def size_numbers(

@@ -12,9 +12,11 @@ from ldm.diffusion.official import DDIMSampler
 from ldm.models.autoencoder import VQModel
 from ldm.models.diffusion.conditioning import UNCONDITIONAL, Conditioning
 from ldm.models.diffusion.ddpm import DDPM, Losses, pair
+from ldm.models.diffusion.general import texts_of
 from ldm.models.diffusion.loops import LatentLoops, first_rows
 from ldm.models.diffusion.pictures import Recorder, box_masks, class_pictures, noising, row, to_rgb
 from ldm.models.diffusion.sampling import Callback
+from ldm.modules.conditioners import GeneralConditioner
 from ldm.util import UserError, isimage, ismap, log_txt_as_img
 
 
@@ -215,14 +217,15 @@ class LatentDiffusion(Conditioning, LatentLoops, DDPM):
                 timesteps=timesteps, quantize_denoised=quantize_denoised, mask=mask, x0=x0,
             )  # fmt: skip
         z = self.generate(
-            cond, seeds, self.latent_size(height, width), steps, sampler, grid, eta, scale, mask, x0, strength,
+            cond, seeds, self.latent_size(height, width, cond), steps, sampler, grid, eta, scale, mask, x0, strength,
             noise=x_T, edit=self.quantize if quantize_denoised else None, callback=callback,
         )  # fmt: skip
         return self.decode_first_stage(z).clamp(-1, 1)
 
-    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width of the latents of such pictures; None = image_size."""
-        f, size = self.downsampling, pair(self.image_size)
+    def latent_size(self, height: int | None, width: int | None, cond: Any = None) -> tuple[int, int]:
+        """Height and width of the latents of such pictures; None = those of the condition's map, or image_size."""
+        f, maps = self.downsampling, self.as_condition(cond).get("c_concat")
+        size = pair(self.image_size) if maps is None else tuple(maps.shape[2:])
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and pixels % f:
                 raise UserError(f"{name}: got {pixels}, expected a multiple of {f}")
@@ -303,7 +306,9 @@ class LatentDiffusion(Conditioning, LatentLoops, DDPM):
         size, key = (x.shape[3], x.shape[2]), self.cond_stage_key
         if self.conditioning_key is None:
             return {}
-        if isinstance(xc, list):
+        if isinstance(self.cond_stage_model, GeneralConditioner):
+            xc = xc.get(next(iter(texts_of(self.cond_stage_model)), None))
+        if isinstance(xc, (list, tuple)):
             return {"conditioning": log_txt_as_img(size, xc)}
         if key == "class_label":
             return {"conditioning": class_pictures(batch, key, self.class_names, size)[: len(x)]}

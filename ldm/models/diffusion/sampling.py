@@ -32,6 +32,21 @@ class SeededSampling(BaseModel):
     path: Path
     denoiser: Callable[..., Tensor]  # (x_t, t, **condition) -> x0
 
+    def exact_modules(self) -> list[nn.Module]:
+        """Modules whose own buffers are noise levels or scales."""
+        return [self]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeededSampling:
+        """Follows `.to(...)`, but noise levels stay float32: in bfloat16, abar_0 = 0.9999 would be 1."""
+        before = [(module, dict(module._buffers)) for module in self.exact_modules()]
+        super()._apply(fn, recurse)
+        for module, buffers in before:
+            for name, old in buffers.items():
+                new = module._buffers[name]
+                if old is not None and new.dtype != old.dtype:
+                    module._buffers[name] = old.to(new.device)
+        return self
+
     @property
     def place(self) -> torch.device:
         """Where the network is."""

@@ -77,16 +77,6 @@ class TabledDiffusion(SeededSampling):
         self._betas, self._table_names = betas, tuple(tables)
         self._path: Path | None = None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TabledDiffusion:
-        """Follows `.to(...)`, but the recipe's own buffers stay float32: in bfloat16, abar_0 = 0.9999 would be 1."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
-
     @property
     def path(self) -> Path:
         """x_t = alpha_t x0 + sigma_t n, in float64 whatever the precision of the weights."""

@@ -1,0 +1,72 @@
+"""Every YAML in configs/ trains on a folder of one's own pictures, draws, and is sampled; only its sizes are shrunk."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.config import load_yaml, mappings
+from ldm.generate import load_run
+from tests.cli.tools import QUICK, ROOT, only_run, run_main
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+TRAINABLE = [c for c in CONFIGS if "data" in load_yaml(c)]
+SIZE = 32
+# class -> what is made small; a parameter is only set where the class takes it
+SMALL = {
+    "UNetModel": {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [2]},
+    "AutoencoderKL": {"ddconfig.ch": 32, "ddconfig.num_res_blocks": 1, "ddconfig.resolution": SIZE},
+    "VQModel": {"ddconfig.ch": 32, "ddconfig.num_res_blocks": 1, "ddconfig.resolution": SIZE},
+    "FrozenCLIPEmbedder": {
+        "clip_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    },
+}
+
+
+def shrink(path):
+    """Overrides that make the config small and quick."""
+    for key, node in mappings(load_yaml(path)):
+        name = str(node.get("target", "")).rpartition(".")[2]
+        for parameter, value in SMALL.get(name, {}).items():
+            yield f"{key}.params.{parameter}={str(value).replace(chr(39), '')}"
+        if name == "UNetModel" and "context_dim" in (node.get("params") or {}) and "clip" in path.read_text().lower():
+            yield f"{key}.params.context_dim=32"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two class folders of pictures with captions."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for i in range(24):
+        folder = root / ("cat", "dog")[i % 2]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (40, 48, 3), np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a picture of {folder.name} number {i}")
+    return root
+
+
+@pytest.mark.parametrize("path", TRAINABLE, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_two_steps_pictures_and_samples(path, pictures, tmp_path):
+    argv = ["-t", "-b", path, "-l", tmp_path, "--max_steps", 2, *QUICK, "data.params.batch_size=4", "--no-test"]
+    argv += [f"data.params.root={pictures}", f"data.params.size={SIZE}", *shrink(path)]
+    argv += ["lightning.callbacks.image_logger.params.batch_frequency=2", "lightning.trainer.limit_val_batches=1"]
+    argv += ["lightning.callbacks.image_logger.params.increase_log_steps=false", "--limit_train_batches", 4]
+    assert run_main(*argv) == 0
+    run = only_run(tmp_path)
+    assert (run / "checkpoints/last.ckpt").is_file()
+    assert list((run / "images/train").glob("*_gs-000002_*.png"))
+    model, _ = load_run(run)
+    if hasattr(model, "sample"):
+        quick = {"steps": 2} if "steps" in model.sample.__annotations__ else {}
+        both = model.sample(model.condition([3, 4]), seeds=[3, 4], **quick)
+        alone = model.sample(model.condition([4]), seeds=[4], **quick)
+        assert torch.isfinite(both).all() and both.min() >= -1 and both.max() <= 1
+        assert both.shape == (2, 3, SIZE, SIZE) or both.shape[:2] == (2, 1)
+        assert (both[1:] - alone).abs().max() <= 2 / 255
+
+
+@pytest.mark.parametrize("path", TRAINABLE, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_training_configs_say_when_they_end_and_how_fast_they_learn(path):
+    config = load_yaml(path)
+    assert config.lightning.trainer.get("max_steps") or config.lightning.trainer.get("max_epochs")
+    assert config.model.get("learning_rate") or config.model.get("base_learning_rate")
