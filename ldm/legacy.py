@@ -17,6 +17,12 @@ def _both(old: str, new: str, names: str) -> dict[str, str]:
     return _rows(old, new, " ".join(f"{n}{split}" for n in names.split() for split in ("Train", "Validation")))
 
 
+def _stylegan(module: str, names: str) -> dict[str, str]:
+    """`training.networks` is the name that the ADA release used."""
+    new = f"ldm.modules.{module}"
+    return {**_rows("training.networks_stylegan2", new, names), **_rows("training.networks", new, names)}
+
+
 def _sgm(module: str, names: str) -> dict[str, str]:
     return _rows(f"sgm.modules.diffusionmodules.{module}", "ldm.diffusion.sgm", names)
 
@@ -123,13 +129,25 @@ TARGETS: dict[str, str] = {
     ),
     **_rows("taming.models.vqgan", "ldm.models.autoencoder", "VQModel"),
     **_rows("taming.models.vqgan", "ldm.models.vqgan", "GumbelVQ VQSegmentationModel"),
-    **_rows("sgm.models.autoencoder", "ldm.models.autoencoder", "AutoencoderKL IdentityFirstStage"),
-    # StyleGAN2
     **_rows(
-        "training.networks_stylegan2",
-        "ldm.modules.stylegan2",
-        "Generator Discriminator MappingNetwork SynthesisNetwork",
+        "sgm.models.autoencoder",
+        "ldm.models.autoencoder",
+        "AutoencoderKL IdentityFirstStage AutoencoderKLInferenceWrapper=AutoencoderKL",
     ),
+    "sgm.models.diffusion.DiffusionEngine": "ldm.models.diffusion.engine.DiffusionEngine",
+    # StyleGAN2
+    **_stylegan("stylegan2", "Generator SynthesisNetwork SynthesisBlock MappingNetwork Discriminator"),
+    **_stylegan("stylegan2_discriminator", "DiscriminatorBlock DiscriminatorEpilogue"),
+    **_stylegan("stylegan2_layers", "FullyConnectedLayer Conv2dLayer SynthesisLayer ToRGBLayer MinibatchStdLayer"),
+    **_stylegan("stylegan2_ops", "modulated_conv2d normalize_2nd_moment"),
+    "training.augment.AugmentPipe": "ldm.modules.ada.AugmentPipe",
+    **_rows(
+        "torch_utils.ops.upfirdn2d",
+        "ldm.modules.stylegan2_ops",
+        "upfirdn2d setup_filter filter2d upsample2d downsample2d",
+    ),
+    "torch_utils.ops.bias_act.bias_act": "ldm.modules.stylegan2_ops.bias_act",
+    "torch_utils.ops.conv2d_resample.conv2d_resample": "ldm.modules.stylegan2_ops.conv2d_resample",
     # data; the classes of `filelist` were named in official YAMLs but never released
     "main.WrappedDataset": "ldm.data.sampler.Streamed",
     **_both("ldm.data.faceshq", "ldm.data.filelist", "CelebAHQ FFHQ"),

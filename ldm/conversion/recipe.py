@@ -139,7 +139,7 @@ def check(recipe: Recipe, state: Mapping[str, Tensor], source: str) -> None:
     for what in ("unet", "first_stage", "conditioner"):
         config = getattr(recipe, what)
         if isinstance(config, Mapping):
-            own |= {places[what] + k: v for k, v in _skeleton(config).items()}
+            own |= {places[what] + k: v for k, v in skeleton(config).items()}
     try:
         _raise_problems(own, state, places, source)
     except UserError as e:
@@ -168,7 +168,7 @@ def _raise_problems(
         raise UserError(f"{source} does not fit the config: {'; '.join(lines)}. Give the right one by --config")
 
 
-def _skeleton(config: Mapping[str, Any]) -> dict[str, Tensor]:
+def skeleton(config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict of `{target, params}` on the meta device; losses and weights files are left out."""
     params = {k: v for k, v in (config.get("params") or {}).items() if k not in ("ckpt_path", "ignore_keys")}
     if "lossconfig" in params:

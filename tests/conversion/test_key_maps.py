@@ -1,5 +1,6 @@
-"""At full size, without memory: the released files' names and shapes against diffusers' and transformers' own classes."""
+"""At full size, without memory: names and shapes of released files against diffusers' and transformers' classes."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import yaml
 from omegaconf import OmegaConf
 
 from ldm.conversion.layout import layout_of
-from ldm.conversion.recipe import check, prefixes, recipe_of
+from ldm.conversion.recipe import check, prefixes, recipe_of, skeleton
 from ldm.conversion.rows import to_official, to_theirs
-from ldm.util import UserError
+from ldm.families import detect, for_recipe
+from ldm.util import UserError, instantiate_from_config
 from tests.reference import compare
-
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFICIAL = json.loads((ROOT / "tests/reference/official_configs.json").read_text())
@@ -41,7 +42,7 @@ FILES = {
 
 def read_config(path):
     if path in OFFICIAL:
-        return OFFICIAL[path]
+        return copy.deepcopy(OFFICIAL[path])
     return OmegaConf.to_container(OmegaConf.load(ROOT / path))
 
 
@@ -93,17 +94,40 @@ def test_every_key_of_a_released_file_has_its_place(fixture):
         assert not left and shapes(back).items() <= shapes(state).items()
 
 
-def test_sdxl_refiner_fits_its_own_modules():
-    """There is no key list of it: the config's own modules stand in for the file."""
-    from ldm.conversion.recipe import _skeleton
+def without_a_list(recipe, conditioner="cond_stage_model."):
+    """The config's own modules stand in for a released file whose keys are not at hand."""
+    places = {"unet": "model.diffusion_model.", "first_stage": "first_stage_model.", "conditioner": conditioner}
+    return {p + k: v for what, p in places.items() for k, v in skeleton(getattr(recipe, what)).items()}
 
+
+def test_sdxl_refiner():
     recipe = recipe_of(read_config(f"{SD}/sd_xl_refiner.yaml"))
-    places = {"unet": "model.diffusion_model.", "first_stage": "first_stage_model.", "conditioner": "conditioner."}
-    state = {p + k: v for what, p in places.items() for k, v in _skeleton(getattr(recipe, what)).items()}
+    state = without_a_list(recipe, "conditioner.")
+    assert detect(state).config == f"{SD}/sd_xl_refiner.yaml"
     layout = layout_of(recipe, prefixes(recipe, state), 1.0)
     for part in layout.parts:
         assert shapes(to_theirs(state, part.rows, part.prefix)[0]) == expected(part), part.folder
     assert layout.index()["text_encoder"] == [None, None] and layout.index()["requires_aesthetics_score"] is True
+
+
+def test_text2img_large():
+    """The 1.45 B parameter model: 872.30 M U-Net, 581.99 M BERT, 83.65 M autoencoder."""
+    v1 = read_config(FILES["sd_v1"])
+    params = v1["model"]["params"]
+    params["unet_config"]["params"]["context_dim"] = 1280
+    target = "ldm.modules.encoders.modules.BERTEmbedder"
+    params["cond_stage_config"] = {"target": target, "params": {"n_embed": 1280, "n_layer": 32}}
+    recipe = recipe_of(v1)
+    state = without_a_list(recipe)
+    assert detect(state).config == "configs/latent-diffusion/txt2img-1p4B-eval.yaml"
+    layout = layout_of(recipe, prefixes(recipe, state), 1.0)
+    counts = {}
+    for part in layout.parts:
+        mapped = to_theirs(state, part.rows, part.prefix)[0]
+        assert shapes(mapped) == expected(part), part.folder
+        counts[part.folder] = round(sum(v.numel() for v in mapped.values()) / 1e6, 2)
+    assert counts == {"unet": 872.30, "vqvae": 83.65, "bert": 581.99}
+    assert layout.pipeline == "LDMTextToImagePipeline"
 
 
 @pytest.mark.parametrize("path", ["sgm/configs/inference/sd_2_1.yaml", "sgm/configs/inference/sd_xl_base.yaml"])
@@ -179,3 +203,29 @@ def test_configs_of_stable_diffusion_are_whole(name):
     assert recipe.params["parameterization"] == ("v" if name.endswith("-v") else "eps")
     layout = layout_of(recipe, prefixes(recipe, {}), params["scale_factor"])
     assert layout.parts[0].config["in_channels"] == (9 if "inpainting" in name else 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "fixture", "channels"),
+    [
+        ("v1-inpainting-inference", "sd_v1", 9),
+        ("v2-inference", "sd_2_1", 4),
+        ("v2-inference-v", "sd_2_1", 4),
+        ("sd_xl_base", "sdxl_base", 4),
+        ("sd_xl_refiner", None, 4),
+    ],
+)
+def test_recipes_of_the_configs_take_the_released_files(name, fixture, channels):
+    """LatentDiffusion built from the YAML has the released file's keys, whatever project the file is from."""
+    with torch.device("meta"):
+        model = instantiate_from_config(read_config(f"{SD}/{name}.yaml")["model"])
+    own = shapes(model.state_dict())
+    tables = {k for k in own if not k.startswith(("model.", "first_stage_model.", "cond_stage_model."))}
+    assert "betas" in tables
+    if fixture is None:
+        return
+    state = released(fixture)
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    state[first] = torch.empty(320, channels, 3, 3, device="meta")
+    found = shapes(for_recipe(state, own))
+    assert {k: v for k, v in found.items() if k not in tables} == {k: v for k, v in own.items() if k not in tables}

@@ -192,15 +192,18 @@ def test_bf16(tmp_path):
 
 
 TWO_PROCESSES = """
+import os
 import sys
 import torch
-from tests.models.test_adversarial import Toy, loader, trainer, weights
+from torch.utils.data import DataLoader, Subset
+from tests.models.test_adversarial import Rows, Toy, trainer, weights
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     model = Toy(accumulate=2, clip=0.5)
-    t = trainer(sys.argv[1], max_steps=4, devices=2, strategy="ddp")
-    t.fit(model, loader(4))
+    t = trainer(sys.argv[1], max_steps=4, devices=2, strategy="ddp", use_distributed_sampler=False)
+    own = Subset(Rows(), range(int(os.environ.get("LOCAL_RANK", 0)), 64, 2))
+    t.fit(model, DataLoader(own, batch_size=4))
     torch.save(weights(model), f"{sys.argv[1]}/{t.global_rank}.pt")
     assert t.global_step == model.updates == 4
 """

@@ -250,6 +250,14 @@ def test_the_official_trainer_keys_work(tmp_path):
     assert (model.accumulate, model.updates, t.global_step) == (2, 2, 2)
 
 
+@pytest.mark.parametrize("make", [kl, vq])
+def test_half_precision(make, tmp_path):
+    model, t = make(), trainer(tmp_path, max_steps=3, precision="bf16-mixed")
+    t.fit(model, DataLoader(Pictures(), batch_size=2))
+    assert all(v.isfinite() for v in t.callback_metrics.values())
+    assert float(t.callback_metrics["train/d_weight"]) > 0
+
+
 def test_reconstructions_get_better(tmp_path):
     model = kl(lossconfig={**KL_LOSS, "params": {**KL_LOSS["params"], "disc_start": 1000, "kl_weight": 1e-6}})
     model.learning_rate = 2e-3

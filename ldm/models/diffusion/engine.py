@@ -148,24 +148,19 @@ class DiffusionEngine(GeneralConditions, FirstStage, SeededSampling):
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> Tensor:
         """Pictures [B, C, H, W] -> scaled latents [B, c, h, w]."""
-        parts = x.split(self.chunk or max(len(x), 1))
         with self.first_stage_scope(x.device):
-            z = [
-                FirstStage.get_first_stage_encoding(self, super(DiffusionEngine, self).encode_first_stage(p))
-                for p in parts
-            ]
-        return torch.cat(z)
-
-    def get_first_stage_encoding(self, encoder_posterior: Tensor) -> Tensor:
-        """`encode_first_stage` has scaled them already."""
-        return encoder_posterior
+            parts = [self.get_first_stage_encoding(self.posterior(part)) for part in x.split(self.chunk or len(x))]
+        return torch.cat(parts)
 
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """Scaled latents [B, c, h, w] -> pictures [B, C, H, W]."""
-        parts = z.split(self.chunk or max(len(z), 1))
         with self.first_stage_scope(z.device):
-            return torch.cat([self.differentiable_decode_first_stage(p) for p in parts])
+            parts = [self.differentiable_decode_first_stage(part) for part in z.split(self.chunk or len(z))]
+        return torch.cat(parts)
+
+    def pictures_of(self, batch: Mapping[str, Any]) -> Tensor:
+        return self.get_input(batch)
 
     # --- training -----------------------------------------------------------------------------------------------------
 

@@ -82,6 +82,10 @@ class FirstStage(BaseModel):
 
     def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:
         """Pictures [B, C, H, W] -> what the first stage makes of them: a posterior, or latents before quantisation."""
+        return self.posterior(x)
+
+    def posterior(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:
+        """`encode_first_stage` of latent diffusion; other recipes may mean something else by that name."""
         if self.missing_weights is not None:
             raise UserError(
                 f"first_stage_config.params.ckpt_path: {self.missing_weights} does not exist, so the first stage has "
@@ -128,6 +132,14 @@ class FirstStage(BaseModel):
         """Pictures are so many times as high and wide as latents."""
         return 2 ** (getattr(getattr(self.first_stage_model, "encoder", None), "num_resolutions", 1) - 1)
 
+    def pictures_of(self, batch: Mapping[str, Any]) -> Tensor:
+        """The pictures of a batch, [B, C, H, W]."""
+        return BaseModel.get_input(self, batch, self.first_stage_key)
+
+    def latents_of(self, batch: Mapping[str, Any]) -> Tensor:
+        """A batch's scaled latents [B, c, h, w], float32."""
+        return self.get_first_stage_encoding(self.posterior(self.pictures_of(batch)))
+
     # --- the scale of the latents -------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
@@ -149,10 +161,9 @@ class FirstStage(BaseModel):
         """Sets `scale_factor` from at least so many images (or all that there are)."""
         seen, moments = 0, torch.zeros(3, dtype=torch.float64)
         for batch in batches:
-            x = BaseModel.get_input(self, batch, self.first_stage_key)
-            z = self.get_first_stage_encoding(self.encode_first_stage(x)).cpu().double()
+            z = self.latents_of(batch).cpu().double()
             moments += torch.stack([torch.ones_like(z).sum(), z.sum(), (z**2).sum()])
-            seen += len(x)
+            seen += len(z)
             if seen >= images:
                 break
         if torch.distributed.is_available() and torch.distributed.is_initialized():

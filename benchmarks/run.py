@@ -1,0 +1,30 @@
+"""Runs every benchmark, one after the other: `make bench`. Results belong into RESULTS.md, with the machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+COMMANDS = (
+    ["overhead.py", "classifier"],
+    ["overhead.py", "ddpm"],
+    ["ddpm_step.py"],
+    ["stylegan2.py"],
+    ["unet.py"],
+    ["txt2img.py"],
+)
+
+
+def main() -> int:
+    failed = 0
+    for name, *arguments in COMMANDS:
+        if (HERE / name).is_file():
+            print("$ python", f"benchmarks/{name}", *arguments, flush=True)
+            failed += subprocess.call([sys.executable, str(HERE / name), *arguments]) != 0
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

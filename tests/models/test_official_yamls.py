@@ -1,0 +1,65 @@
+"""Every official YAML builds as it is, with the official state-dict keys and shapes (on the meta device)."""
+
+import json
+
+import pytest
+import torch
+
+from ldm.util import ConfigError, instantiate_from_config
+from tests.reference import FIXTURES, compare
+
+TREES = json.loads((FIXTURES.parent / "official_configs.json").read_text())
+
+
+def keys_by_config():
+    """{path in official_configs.json: fixture}; those of generative-models name their config without `sgm/`."""
+    found = {}
+    for path in sorted(FIXTURES.glob("keys_*.json")):
+        fx = compare.load(path)
+        found[next(p for p in (fx["config"], f"sgm/{fx['config']}") if p in TREES)] = fx
+    return found
+
+
+KEYS = keys_by_config()
+
+
+def build(path, **params):
+    model = TREES[path]["model"]
+    with torch.device("meta"):
+        return instantiate_from_config({**model, "params": {**model["params"], **params}})
+
+
+def without_files(node):
+    """The tree without weights files that nobody has here; they change no key."""
+    if isinstance(node, dict):
+        return {k: without_files(v) for k, v in node.items() if k != "ckpt_path"}
+    return node
+
+
+@pytest.mark.parametrize("path", [p for p in TREES if not p.startswith("taming/")])
+def test_the_yaml_builds_unmodified(path):
+    model = build(path)
+    if path in KEYS:
+        fx = KEYS[path]
+        compare.check_keys(model, fx)
+        assert sum(p.numel() for p in model.parameters()) == fx["n_params"]
+        dtypes = {k: str(v.dtype).removeprefix("torch.") for k, v in model.state_dict().items()}
+        assert {k: v for k, v in dtypes.items() if v != "float32"} == fx["dtypes"]
+
+
+@pytest.mark.parametrize("path", [p for p in TREES if p.startswith("taming/") and "transformer" not in p])
+def test_the_yaml_of_taming_builds(path):
+    with torch.device("meta"):
+        model = instantiate_from_config(without_files(TREES[path]["model"]))
+    assert {"encoder", "decoder", "quantize", "loss"} <= set(dict(model.named_children()))
+
+
+def test_every_list_of_keys_has_its_yaml():
+    assert len(KEYS) == len(list(FIXTURES.glob("keys_*.json"))) > 20
+
+
+def test_a_misspelt_parameter_is_named():
+    with pytest.raises(ConfigError, match="scale_facter.*did you mean scale_factor"):
+        build("configs/stable-diffusion/v1-inference.yaml", scale_facter=1.0)
+    with pytest.raises(ConfigError, match="denoiser_confg.*did you mean denoiser_config"):
+        build("sgm/configs/inference/sd_2_1.yaml", denoiser_confg={})
