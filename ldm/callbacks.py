@@ -35,11 +35,21 @@ class RunDirectory(Callback):
         lightning: YAML text of the `lightning` section.
         every_n_steps: `checkpoints/last.ckpt` is written so often, after a validation when 30 s have passed since,
             and at the end.
+        hyper_parameters: `model.params` as plain values, kept in every checkpoint under Lightning's name for them.
     """
 
-    def __init__(self, logdir: Path, now: str, project: str, lightning: str, every_n_steps: int = 1000) -> None:
+    def __init__(
+        self,
+        logdir: Path,
+        now: str,
+        project: str,
+        lightning: str,
+        every_n_steps: int = 1000,
+        hyper_parameters: dict[str, Any] | None = None,
+    ) -> None:
         self.logdir, self.now, self.project, self.lightning = Path(logdir), now, project, lightning
         self.every_n_steps, self.saved_step, self.saved_time = every_n_steps, -1, time.monotonic()
+        self.hyper_parameters = hyper_parameters or {}
 
     @rank_zero_only
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -52,6 +62,7 @@ class RunDirectory(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["config"] = self.project + self.lightning
+        checkpoint["hyper_parameters"] = self.hyper_parameters
 
     def save(self, trainer: pl.Trainer) -> Path:
         """Writes `checkpoints/last.ckpt` now."""

@@ -46,7 +46,8 @@ def build_trainer(run: Run, model: pl.LightningModule, data: pl.LightningDataMod
         if isinstance(params.get(key), (dict, list)):
             raise UserError(f"lightning.trainer.{key}: give lightning.{key} instead")
     plain = OmegaConf.to_yaml(OmegaConf.create({"lightning": config}))
-    directory = callbacks.RunDirectory(run.logdir, run.now, project, plain)
+    hyper_parameters = OmegaConf.to_container(OmegaConf.create(project).model.get("params") or OmegaConf.create())
+    directory = callbacks.RunDirectory(run.logdir, run.now, project, plain, hyper_parameters=hyper_parameters)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pl.Trainer(

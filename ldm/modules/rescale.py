@@ -1,4 +1,7 @@
-"""Networks that change the size of latents between first stages: official helpers around `Encoder` and `Decoder`."""
+"""Networks that change the size of latents between first stages: official helpers around `Encoder` and `Decoder`.
+
+The classes and their names follow CompVis/latent-diffusion (MIT licence).
+"""
 
 from __future__ import annotations
 

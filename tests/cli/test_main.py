@@ -39,6 +39,7 @@ def test_a_run_leaves_what_the_official_code_leaves(tmp_path):
     content = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     assert yaml.safe_load(content["config"])["model"]["target"] == "ldm.models.classifier.Classifier"
     assert content["global_step"] == 2
+    assert content["hyper_parameters"]["num_classes"] == 10
 
 
 def test_two_runs_of_one_second_do_not_collide(tmp_path):
