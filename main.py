@@ -66,7 +66,7 @@ def take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
     """(the other arguments, the `key.path=value` items), wherever the items stand: `-b`, `--trust` and switches such as
     `--no-test` would take them for their own values.
     """
-    one_value = {o for a in build_parser()._actions if a.nargs is None for o in a.option_strings}
+    one_value = {o for a in build_parser()._actions if a.nargs is None or a.const == "" for o in a.option_strings}
     rest: list[str] = []
     overrides: list[str] = []
     for item in argv:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import codecs
 import collections
+import contextlib
+import ctypes
 import errno
 import os
 import pickletools
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldm.util import UserError
 
@@ -184,23 +187,40 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     return state_dict_of(read(path), path)
 
 
-def load(
+def choose_weights(
+    state: Mapping[str, Tensor], weights: str | None = None, own: Sequence[str] | None = None
+) -> tuple[dict[str, Tensor], str]:
+    """The tensors with one set of weights in them, and which set that is, ema or raw.
+
+    Averaged weights stand under `model_ema.` and the names of the weights without dots. They need no twin: a file may
+    hold nothing else.
+
+    Args:
+        weights: ema or raw; None = ema where there are averaged weights.
+        own: names of the model's tensors; None = those of the file.
+
+    Raises:
+        UserError: averaged weights were asked for and there are none.
+    """
+    averages = {k: v for k, v in state.items() if k.startswith("model_ema.")}
+    held = {k: v for k, v in state.items() if k not in averages}
+    names = [k for k in own or held if k.startswith("model.")] or list(own or held)
+    dotless = {"model_ema." + k.removeprefix("model.").replace(".", ""): k for k in names}
+    found = {dotless[k]: v for k, v in averages.items() if k in dotless}
+    if weights == "ema" and not found:
+        raise UserError("--weights ema: this checkpoint holds one set of weights only; leave --weights out or use raw")
+    return (held, "raw") if weights == "raw" or not found else ({**held, **found}, "ema")
+
+
+def fit(
     module: nn.Module,
     state: Mapping[str, Tensor],
     *,
     source: str | Path = "checkpoint",
     allow: Sequence[str] = (),
     partial: bool = False,
-    assign: bool = False,
-) -> str:
-    """Strict loading with named exceptions; returns "loaded N of M tensors".
-
-    Args:
-        module: filled in place.
-        state: tensors by state-dict name.
-        allow: prefixes of keys that may be missing, unexpected or of another shape.
-        partial: takes what fits and says so instead of raising.
-        assign: the module takes the (memory-mapped) tensors themselves instead of copying them.
+) -> tuple[dict[str, Tensor], str]:
+    """(the tensors of `state` that `module` takes, "loaded N of M tensors"); the arguments are those of `load`.
 
     Raises:
         UserError: missing, unexpected or misshapen keys, with counts and the first five names of each.
@@ -227,9 +247,92 @@ def load(
             f"{source} does not fit {type(module).__name__}: {report}; {'; '.join(lines)}. "
             "Is it the checkpoint of this config? --allow-partial takes what fits"
         )
-    module.load_state_dict(usable, strict=False, assign=assign)
     left = {what: len(v) for what, v in problems.items() if v}
-    return report + (f" ({', '.join(f'{n} {what}' for what, n in left.items())})" if left else "")
+    return usable, report + (f" ({', '.join(f'{n} {what}' for what, n in left.items())})" if left else "")
+
+
+def load(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    source: str | Path = "checkpoint",
+    allow: Sequence[str] = (),
+    partial: bool = False,
+    assign: bool = False,
+) -> str:
+    """Strict loading with named exceptions; returns "loaded N of M tensors".
+
+    Args:
+        module: filled in place.
+        state: tensors by state-dict name.
+        allow: prefixes of keys that may be missing, unexpected or of another shape.
+        partial: takes what fits and says so instead of raising.
+        assign: the module takes the (memory-mapped) tensors themselves instead of copying them.
+
+    Raises:
+        UserError: see `fit`.
+    """
+    usable, report = fit(module, state, source=source, allow=allow, partial=partial)
+    module.load_state_dict(usable, strict=False, assign=assign)
+    return report
+
+
+# --- large models -----------------------------------------------------------------------------------------------------
+
+READ_AHEAD = 2**27  # bytes of a mapped file that may be resident beside the tensors made from them
+
+
+class NoWeights(TorchFunctionMode):
+    """Modules built inside it have parameters without memory (on the meta device); buffers are real.
+
+    Layers make their parameters by `torch.empty` and initialise them, which costs nothing on the meta device. `adopt`
+    fills them.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **{**kwargs, "device": "meta"} if func is torch.empty else kwargs)
+
+
+def adopt(
+    module: nn.Module, usable: dict[str, Tensor], path: str | Path, convert: Callable[[str, Tensor], Tensor]
+) -> None:
+    """The module takes the tensors themselves, each after `convert(name, tensor)`, without a second copy in memory.
+
+    Args:
+        usable: what `fit` returned.
+        path: the memory-mapped file that they are from.
+
+    Raises:
+        UserError: a parameter of a module built under `NoWeights` is still without memory.
+    """
+    read = 0
+    for name, old in usable.items():
+        usable[name] = new = convert(name, old)
+        if new.data_ptr() != old.data_ptr():
+            read += old.nbytes
+        if read > READ_AHEAD:
+            forget_pages(path)
+            read = 0
+    module.load_state_dict(usable, strict=False, assign=True)
+    forget_pages(path)
+    empty = [name for name, p in module.named_parameters() if p.is_meta]
+    if empty:
+        raise UserError(f"{path}: no weights for {len(empty)} parameters (first: {', '.join(empty[:5])})")
+
+
+def forget_pages(path: str | Path) -> None:
+    """Hands back the pages that were read of a memory-mapped file, which count as this process's memory (Linux only).
+
+    They are read again where they are needed. Only for mappings that nobody has written to.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mapped = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+        madvise, dont_need = ctypes.CDLL(None).madvise, 4
+        for address, *_, name in (row for row in mapped if len(row) == 6):
+            if name == os.path.realpath(path):
+                start, end = (int(a, 16) for a in address.split("-"))
+                madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), dont_need)
 
 
 # --- run directories --------------------------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ RULES: tuple[_Rule, ...] = (
     *(
         _rule(
             name,
-            f"{name.upper()} autoencoder",
+            f"VQ{name[2:]} autoencoder",
             f"{STAGES}/{name}/config.yaml",
             kind="vq",
             factor=f,

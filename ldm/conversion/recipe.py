@@ -74,11 +74,20 @@ def recipe_of(config: Mapping[str, Any]) -> Recipe:
     """
     if not isinstance(config.get("model"), Mapping) or "target" not in config["model"]:
         raise UserError("the config has no model.target: expected the YAML of the model that the checkpoint is of")
-    model = config["model"]
+    try:
+        recipe = _read(config["model"], config)
+    except KeyError as e:
+        raise UserError(f"the config has no {e.args[0]} where {config['model']['target']} needs one") from e
+    if recipe.first_stage is not None and class_name(recipe.first_stage) not in STAGES:
+        raise UserError(f"{recipe.first_stage['target']}: diffusers has no such first stage; use --to safetensors")
+    return recipe
+
+
+def _read(model: Mapping[str, Any], config: Mapping[str, Any]) -> Recipe:
     params = dict(model.get("params") or {})
-    if model["target"].endswith(".DiffusionEngine"):
-        return _of_engine(params, config)
     name = class_name(model)
+    if name == "DiffusionEngine":
+        return _of_engine(params, config)
     if name in STAGES:
         return Recipe("first_stage", None, {"target": model["target"], "params": params}, None, dict(DEFAULTS), config)
     own = {**DEFAULTS, **{k: params[k] for k in DEFAULTS if k in params}}
@@ -89,7 +98,8 @@ def recipe_of(config: Mapping[str, Any]) -> Recipe:
     stage = params["first_stage_config"]
     if not isinstance(stage, Mapping):
         raise UserError(
-            f"first_stage_config {stage} is a path: give its {{target, params}} by --config; the run directory has it"
+            f"first_stage_config {stage} is a path: give a config with its {{target, params}} by --config; "
+            "the run that it names has them"
         )
     return Recipe("latent", params["unet_config"], stage, params["cond_stage_config"], own, config)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -305,11 +306,9 @@ def test_half_writes_float16_weights_and_keeps_the_tables(made, tmp_path):
     assert found["model.diffusion_model.out.2.weight"].dtype == torch.float16
     assert found["betas"].dtype == torch.float32
     convert(tmp_path / "half.safetensors", "diffusers", tmp_path / "folder")
-    assert load_file(tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == (
-        torch.float16
-    )
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "folder", torch_dtype=torch.float16)
-    assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.float16
+    for file in (tmp_path / "folder").glob("[!o]*/*.safetensors"):
+        assert {t.dtype for t in load_file(file).values()} == {torch.float16}, file
+    assert part(tmp_path / "folder", "text_encoder").dtype == torch.float16
 
 
 def test_a_run_with_its_config_inside_is_converted(made, tmp_path):
@@ -431,3 +430,25 @@ def test_networks_that_diffusers_cannot_express_are_refused(what):
     with pytest.raises(UserError) as e:
         to_config(full_params({"target": UNET, "params": {**PLAIN, **INEXPRESSIBLE[what]}}), 8)
     assert what in str(e.value) and "--to safetensors" in str(e.value)
+
+
+def test_the_loop_in_the_documentation_runs(made):
+    text = (Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    changes = {'"cin256-v2': f'"{made("ldm-class")[2]}', "[207, 1000]": "[3, 10]", "64, 64": "8, 8", "(50)": "(2)"}
+    for old, new in changes.items():
+        assert old in code
+        code = code.replace(old, new)
+    found = {}
+    exec(code, found)
+    assert found["image"].shape == (1, 3, 16, 16) and found["image"].isfinite().all()
+
+
+def test_a_first_stage_that_diffusers_does_not_know_is_refused():
+    unknown = config("ldm-uncond")
+    unknown["model"]["params"]["first_stage_config"] = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
+    with pytest.raises(UserError, match="IdentityFirstStage: diffusers has no such first stage"):
+        recipe_of(unknown)
+    del unknown["model"]["params"]["unet_config"]
+    with pytest.raises(UserError, match="no unet_config"):
+        recipe_of(unknown)

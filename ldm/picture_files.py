@@ -1,0 +1,154 @@
+"""Pictures and masks as files: reading any mode, sizes that a model can take, numbered names, grids."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ldm.generate import save_png
+from ldm.util import UserError
+
+Say = Callable[[str], None]  # one line for the user
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The picture, turned the way its EXIF entry says.
+
+    Raises:
+        UserError: missing, or no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture)
+    except FileNotFoundError as e:
+        raise UserError(f"{path} does not exist: expected a picture") from e
+    except (OSError, ValueError, Image.DecompressionBombError) as e:
+        raise UserError(f"{path} cannot be read as a picture ({e})") from e
+
+
+def eight_bit(picture: Image.Image) -> Image.Image:
+    """16-bit and float grey pictures with 8 bits, which Pillow would clip to white instead."""
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    x = np.asarray(picture, dtype=np.float64)
+    if picture.mode.startswith("I"):
+        top = 65535 if picture.mode != "I" or x.max() > 255 else 255
+    else:
+        top = 1 if x.max() <= 1 else 255
+    return Image.fromarray((x.clip(0, top) * 255 / top).round().astype(np.uint8))
+
+
+def read_image(path: str | Path, say: Say) -> tuple[np.ndarray, np.ndarray | None]:
+    """(RGB uint8 [H, W, 3], alpha uint8 [H, W] or None); what is transparent is laid on white."""
+    picture = eight_bit(open_image(path))
+    if not picture.has_transparency_data:
+        return np.asarray(picture.convert("RGB")), None
+    picture = picture.convert("RGBA")
+    alpha = np.asarray(picture)[..., 3]
+    if alpha.min() == 255:
+        return np.asarray(picture.convert("RGB")), None
+    say(f"{path} has an alpha channel: transparent parts are laid on white")
+    white = Image.new("RGBA", picture.size, "white")
+    return np.asarray(Image.alpha_composite(white, picture).convert("RGB")), alpha
+
+
+def read_mask(path: str | Path, size: tuple[int, int], say: Say) -> np.ndarray:
+    """bool [H, W], true where the mask is white: what is to be painted anew.
+
+    Args:
+        size: (width, height) of the picture that it belongs to.
+
+    Raises:
+        UserError: another size than the picture's, or nothing to paint.
+    """
+    picture = eight_bit(open_image(path))
+    if picture.size != size:
+        raise UserError(
+            f"mask {path} is {picture.size[0]}x{picture.size[1]} pixels, the picture {size[0]}x{size[1]}: "
+            "they must have the same size"
+        )
+    if picture.has_transparency_data:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA"))
+    return threshold(np.asarray(picture.convert("L")), str(path), say)
+
+
+def threshold(grey: np.ndarray, name: str, say: Say) -> np.ndarray:
+    """uint8 [H, W] -> bool: 128 and above is white."""
+    between = float(((grey > 8) & (grey < 247)).mean())
+    if between > 0.001:
+        say(f"mask {name}: {between:.0%} of it is grey; from 50 % brightness on it counts as white")
+    mask = grey >= 128
+    if not mask.any():
+        raise UserError(f"mask {name} has no white pixel: white is painted anew, black is kept")
+    return mask
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """The smallest (height, width) above `size` that `multiple` divides."""
+    return (-(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple)
+
+
+def padded(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[H, W, ...] mirrored at its right and lower edge to (height, width)."""
+    more = [(0, size[0] - x.shape[0]), (0, size[1] - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+    return np.pad(x, more, mode="symmetric")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def grid(pictures: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:
+    """uint8 pictures [H, W, 3] side by side on black; sizes may differ."""
+    height, width = max(p.shape[0] for p in pictures) + gap, max(p.shape[1] for p in pictures) + gap
+    columns = max(1, min(columns, len(pictures)))
+    rows = -(-len(pictures) // columns)
+    page = np.zeros((rows * height + gap, columns * width + gap, 3), np.uint8)
+    for i, p in enumerate(pictures):
+        top, left = gap + i // columns * height, gap + i % columns * width
+        page[top : top + p.shape[0], left : left + p.shape[1]] = p
+    return page
+
+
+class Numbered:
+    """Files `<prefix><number>.png` of a folder, numbered from the highest number there on."""
+
+    def __init__(self, folder: str | Path, prefix: str = "", digits: int = 5) -> None:
+        self.folder, self.prefix, self.digits = Path(folder), prefix, digits
+        pattern = re.compile(re.escape(prefix) + r"(\d+)\.png")
+        names = (pattern.fullmatch(p.name) for p in self.folder.glob("*.png"))
+        self.next = max((int(m[1]) for m in names if m), default=-1) + 1
+
+    def save(self, picture: np.ndarray, settings: dict[str, Any]) -> Path:
+        """Writes uint8 [H, W, 3] and says where."""
+        while (path := self.folder / f"{self.prefix}{self.next:0{self.digits}}.png").exists():
+            self.next += 1  # by another process in the meantime
+        self.next += 1
+        save_png(Image.fromarray(picture), path, settings)
+        return path
+
+
+class Named:
+    """Files `<stem>.png` of a folder, with a number behind the name where that is taken."""
+
+    def __init__(self, folder: str | Path, stem: str) -> None:
+        self.folder, self.stem = Path(folder), re.sub(r"[^\w.,()'+-]", "-", stem)[:150] or "picture"
+
+    def save(self, picture: np.ndarray, settings: dict[str, Any]) -> Path:
+        """Writes uint8 [H, W, 3] and says where."""
+        path, number = self.folder / f"{self.stem}.png", 1
+        while path.exists():
+            number += 1
+            path = self.folder / f"{self.stem}-{number}.png"
+        save_png(Image.fromarray(picture), path, settings)
+        return path
