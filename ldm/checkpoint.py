@@ -242,6 +242,10 @@ def fit(
     usable = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     report = f"loaded {len(usable)} of {len(own)} tensors"
     if any(serious.values()) and (not partial or not usable):
+        from ldm import families
+
+        if hint := families.mismatch(state, own):
+            raise UserError(f"{source}: {hint}")
         lines = [f"{len(v)} {what} (first: {', '.join(v[:5])})" for what, v in serious.items() if v]
         raise UserError(
             f"{source} does not fit {type(module).__name__}: {report}; {'; '.join(lines)}. "
@@ -361,6 +365,12 @@ def find_run(path: str | Path) -> tuple[Path, Path]:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def save_atomic(content: Any, path: str | Path) -> None:
     """`torch.save` to a neighbour file that then takes the name, so that `path` is always whole.
 
@@ -375,6 +385,7 @@ def save_atomic(content: Any, path: str | Path) -> None:
             torch.save(content, f)
             f.flush()
             os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # temporary files are private, checkpoints are as other new files
         os.replace(temporary, path)
     except BaseException as e:
         Path(temporary).unlink(missing_ok=True)

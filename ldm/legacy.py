@@ -128,7 +128,13 @@ TARGETS: dict[str, str] = {
         "VectorQuantizer2 VectorQuantizer=VectorQuantizer2 GumbelQuantize",
     ),
     **_rows("taming.models.vqgan", "ldm.models.autoencoder", "VQModel"),
-    **_rows("taming.models.vqgan", "ldm.models.vqgan", "GumbelVQ VQSegmentationModel"),
+    **_rows("taming.models.vqgan", "ldm.models.vqgan", "GumbelVQ VQNoDiscModel VQSegmentationModel"),
+    **_rows("taming.models.cond_transformer", "ldm.models.net2net", "Net2NetTransformer"),
+    **_rows("taming.models.dummy_cond_stage", "ldm.modules.cond_stages", "DummyCondStage"),
+    **_rows("taming.modules.misc.coord", "ldm.modules.cond_stages", "CoordStage"),
+    **_rows("taming.modules.util", "ldm.modules.cond_stages", "SOSProvider"),
+    **_rows("taming.modules.transformer.permuter", "ldm.modules.cond_stages", "Identity"),
+    **_rows("taming.modules.transformer.mingpt", "ldm.modules.gpt", "GPT Block CausalSelfAttention"),
     **_rows(
         "sgm.models.autoencoder",
         "ldm.models.autoencoder",
@@ -158,6 +164,10 @@ TARGETS: dict[str, str] = {
     **_both("ldm.data.previews.pytorch_dataset", "ldm.data.filelist", "Previews"),
     **_both("taming.data.imagenet", "ldm.data.imagenet", "ImageNet"),
     **_both("taming.data.coco", "ldm.data.filelist", "CocoImagesAndCaptions"),
+    **_rows(
+        "taming.data.annotated_objects_open_images", "ldm.data.annotated", "AnnotatedObjectsOpenImages"
+    ),
+    **_rows("sgm.data.mnist", "ldm.data.vision", "MNISTLoader"),
     **_rows("taming.data.custom", "ldm.data.filelist", "CustomTrain CustomTest"),
     **_rows(
         "ldm.modules.image_degradation",

@@ -152,3 +152,50 @@ class Named:
             path = self.folder / f"{self.stem}-{number}.png"
         save_png(Image.fromarray(picture), path, settings)
         return path
+
+
+class Gallery:
+    """What a script does with its pictures: check and mark them, write each, at the end all together.
+
+    Args:
+        samples, together: where to; None = not at all.
+        columns: of the picture of all.
+        check: pictures -> which of them are withheld. mark: changes a picture before it is written.
+        say: takes a line for the user.
+    """
+
+    def __init__(
+        self,
+        samples: Numbered | Named | None,
+        together: Numbered | Named | None,
+        columns: int,
+        *,
+        check: Callable[[Sequence[np.ndarray]], list[bool]] | None = None,
+        mark: Callable[[np.ndarray], np.ndarray] | None = None,
+        say: Say = lambda _: None,
+    ) -> None:
+        self.samples, self.together, self.columns = samples, together, columns
+        self.check, self.mark, self.say = check, mark, say
+        self.pictures: list[np.ndarray] = []
+        self.count = self.withheld = 0
+
+    def add(self, picture: np.ndarray, settings: dict[str, Any]) -> None:
+        """One picture, uint8 [H, W, 3]."""
+        if self.check is not None and self.check([picture])[0]:
+            self.withheld += 1
+            return
+        picture = picture if self.mark is None else self.mark(picture)
+        self.count += 1
+        if self.samples is not None:
+            self.samples.save(picture, settings)
+        if self.together is not None:
+            self.pictures.append(picture)
+
+    def close(self, settings: dict[str, Any]) -> None:
+        """Writes the picture of all, and says what is not there."""
+        if self.withheld:
+            plural = "s" * (self.withheld != 1)
+            self.say(f"{self.withheld} image{plural} withheld (use --safety off)")
+        if self.together is not None and self.pictures:
+            path = self.together.save(grid(self.pictures, self.columns), settings)
+            self.say(f"all together: {path}")

@@ -59,7 +59,7 @@ def load_watermark() -> Callable[[np.ndarray], np.ndarray]:
     try:
         from imwatermark import WatermarkEncoder
     except ImportError as e:
-        raise UserError(f"--watermark on needs invisible-watermark: pip install invisible-watermark ({e})") from e
+        raise UserError(f"--watermark on: pip install invisible-watermark ({e})") from e
     encoder = WatermarkEncoder()
     encoder.set_watermark("bytes", WATERMARK)
 

@@ -1,17 +1,23 @@
-"""What the scripts share: exit codes, progress bar, file names."""
+"""What the scripts share: exit codes, progress bar, file names, and the flags and loop of those that paint."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+# --- running ----------------------------------------------------------------------------------------------------------
 
-def main(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], None]) -> int:
-    """Parses, runs, and turns errors with an exit code into one line."""
+KNOBS = "lower --batch-size or the size, or use --precision bf16"  # what costs memory
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def main(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], None], knobs: str = KNOBS) -> int:
+    """Parses, runs, and turns errors with an exit code into one line; `knobs` is the advice for lack of memory."""
     args = parser.parse_args()
     try:
         action(args)
@@ -20,8 +26,8 @@ def main(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace],
         return 130
     except Exception as e:
         code = getattr(e, "exit_code", None)
-        if code is None and type(e).__name__ == "OutOfMemoryError":
-            e, code = out_of_memory(e), 1
+        if code is None and is_out_of_memory(e):
+            e, code = MemoryError(f"out of memory (peak {peak_memory():.1f} GiB): {knobs}"), 1
         if code is None:
             raise
         print(f"error: {e}", file=sys.stderr)
@@ -29,11 +35,25 @@ def main(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace],
     return 0
 
 
-def out_of_memory(error: BaseException) -> Exception:
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has a class for it, the CPU's allocator only a text."""
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def peak_memory() -> float:
+    """GiB that were in use at most, on the GPU where there is one."""
     import torch
 
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return MemoryError(f"out of memory (peak {peak:.1f} GiB): lower --batch-size or the size, or use --precision bf16")
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def parse_settings(items: list[str]) -> dict[str, Any]:
@@ -76,3 +96,239 @@ def free_name(outdir: Path, seed: int | None) -> Path:
         number += 1
         path = outdir / f"{stem}-{number}.png"
     return path
+
+
+# --- painting: flags --------------------------------------------------------------------------------------------------
+
+PAINT_KNOBS = "lower --n_samples or --H and --W, or use --precision bf16"
+PROMPT = "a painting of a virus monster playing guitar"
+SD_CONFIG, SD_WEIGHTS = "configs/stable-diffusion/v1-inference.yaml", "models/ldm/stable-diffusion-v1/model.ckpt"
+# Flags whose value makes the picture, with the official defaults; they are in its PNG, and --like reads them there.
+SETTINGS: dict[str, Any] = {
+    "prompt": PROMPT,
+    "negative_prompt": None,
+    "sampler": "ddim",
+    "steps": 50,
+    "grid": None,
+    "eta": None,
+    "scale": 7.5,
+    "seed": 42,
+    "precision": "autocast",
+    "weights": None,
+    "clip_skip": 1,
+    "long_prompt": False,
+    "config": None,
+    "ckpt": None,
+}
+COUNTS = {"n_iter": 2, "n_samples": 3}  # one each with --like
+
+
+def painting_parser(prog: str, doc: str) -> argparse.ArgumentParser:
+    """The flags that txt2img, img2img and inpaint share. Defaults are filled in by `settle`."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for group in (_picture_flags, _sampling_flags, _model_flags, _file_flags):
+        group(parser.add_argument)
+    return parser
+
+
+def _picture_flags(add: Any) -> None:
+    add("--prompt", nargs="?", help=f'the text (default: "{PROMPT}"); (word:1.3) gives a word weight')
+    add("--negative-prompt", metavar="TEXT", help="what the picture should not show")
+    add("--from-file", metavar="FILE", help="a prompt in each line, `-` = standard input; one picture each")
+    add("--clip-skip", type=int, metavar="N", help="leave out the last N - 1 layers of the text encoder (default: 1)")
+    add("--long-prompt", action="store_true", default=None, help="encode prompts of any length, in chunks")
+    add("--n_iter", "--n-iter", type=int, metavar="N", help="how often to draw n_samples pictures")
+    add("--n_samples", "--n-samples", type=int, metavar="N", help="pictures at once (on the CPU: one after another)")
+    add("--seed", type=int, help="seed of the first picture; picture i has seed + i (default: 42)")
+    add("--fixed_code", "--fixed-code", action="store_true", help="the same seeds in each iteration")
+    add("--like", metavar="PNG", help="make this picture again; other flags change its settings")
+
+
+def _sampling_flags(add: Any) -> None:
+    add("--ddim_steps", "--steps", type=int, dest="steps", metavar="N", help="sampler steps, 1..1000")
+    add("--sampler", metavar="NAME", help="ddpm, ddim, plms, euler, euler_ancestral, heun, dpmpp_2m, unipc, ...")
+    add("--plms", action="store_true", help="the same as --sampler plms")
+    add("--grid", metavar="NAME", help="time grid: uniform, trailing, karras, ... (default: the official one)")
+    add("--ddim_eta", "--eta", type=float, dest="eta", metavar="E", help="noise of ddim: 0 none (default), 1 as DDPM")
+    add("--scale", type=float, help="classifier-free guidance (1: off)")
+    add("--C", type=int, help="latent channels; only checked, the model knows them")
+    add("--f", type=int, help="downsampling factor; only checked, the model knows it")
+
+
+def _model_flags(add: Any) -> None:
+    add("--config", metavar="YAML", help="config of the model")
+    add("--ckpt", metavar="FILE", help="checkpoint (.ckpt or .safetensors) or run directory")
+    add("--weights", choices=("ema", "raw"), help="averaged or last weights (default: ema where there are)")
+    precisions = ("full", "autocast", "fp32", "bf16", "fp16")
+    text = "autocast (default): half precision on CUDA, else full; full = fp32; bf16, fp16: weights too"
+    add("--precision", choices=precisions, help=text)
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--compile", action="store_true", help="compile the network; pays after some dozen steps")
+
+
+def _file_flags(add: Any) -> None:
+    add("--outdir", nargs="?", metavar="DIR", help="where the pictures go")
+    add("--skip_grid", "--skip-grid", action="store_true", help="no picture of all pictures")
+    add("--skip_save", "--skip-save", action="store_true", help="no single pictures")
+    add("--n_rows", "--n-rows", type=int, default=0, metavar="N", help="pictures in a row of the grid (0: n_samples)")
+    text = "write <outdir>/preview.png every N steps (default of N: 10)"
+    add("--preview", nargs="?", type=int, const=10, metavar="N", help=text)
+    add("--safety", choices=("on", "off"), default="off", help="withhold what the safety checker flags (default: off)")
+    add("--watermark", choices=("on", "off"), default="off", help="the official invisible watermark (default: off)")
+
+
+def settle(args: argparse.Namespace, script: str, **defaults: Any) -> dict[str, Any]:
+    """The settings: the command line over those of --like over the script's defaults over the official ones."""
+    from ldm.generate import read_settings
+    from ldm.util import UserError
+
+    if args.plms and args.sampler not in (None, "plms"):
+        raise UserError(f"--plms and --sampler {args.sampler}: choose one")
+    args.sampler = "plms" if args.plms else args.sampler
+    like = read_settings(args.like) if args.like else {}
+    if like.get("script", script) != script:
+        raise UserError(f"--like {args.like} was made by {like['script']}.py: use that script")
+    if args.like and "script" not in like:
+        raise UserError(f"--like {args.like} was made from a run: use scripts/sample.py")
+    counts = dict.fromkeys(COUNTS, 1) if args.like else {k: defaults.get(k, v) for k, v in COUNTS.items()}
+    known = {**SETTINGS, **defaults, **counts}
+    old = {k: v for k, v in like.items() if k in known and k not in COUNTS}
+    given = {k: getattr(args, k) for k in known if getattr(args, k, None) is not None}
+    settings = {**known, **old, **given}
+    for name in (*COUNTS, "steps", "H", "W"):
+        if name in settings and settings[name] < 1:
+            raise UserError(f"--{name} {settings[name]}: expected at least 1")
+    if args.like and not args.ckpt and not args.config:
+        settings["like_digest"] = like.get("digest")
+    return settings
+
+
+# --- painting: the loop -----------------------------------------------------------------------------------------------
+
+
+def open_painter(args: argparse.Namespace, settings: dict[str, Any], config: str, weights: str) -> Any:
+    """Loads the model; says what it is, and adds it to `settings`.
+
+    config, weights: where they are unless the command line says otherwise.
+    """
+    from ldm import generate, text2image
+    from ldm.painter import Knobs, Painter
+    from ldm.util import UserError
+
+    device = generate.pick_device(args.device)
+    file = text2image.find_weights(settings["ckpt"], weights)
+    knobs = {k: settings[k] for k in ("sampler", "steps", "scale", "eta", "grid", "clip_skip", "long_prompt")}
+    knobs = Knobs(**knobs)
+    loaded = text2image.load(
+        file,
+        settings["config"],
+        config,
+        weights=settings["weights"],
+        precision=settings["precision"],
+        device=device,
+        compile=args.compile,
+    )
+    print(f"{file}: weights: {loaded.weights}, config: {loaded.config}, {settings['precision']} on {device.type}")
+    if settings.pop("like_digest", None) not in (None, loaded.digest):
+        print(f"note: {file} has changed since {args.like} was made")
+    model = loaded.model
+    for name, given, own in (("C", args.C, model.channels), ("f", args.f, model.downsampling)):
+        if given not in (None, own):
+            raise UserError(f"--{name} {given}: the model has {own}")
+    settings |= {"ckpt": str(file), "config": loaded.config, "weights": loaded.weights, "digest": loaded.digest}
+    return Painter(model, knobs, settings["negative_prompt"], settings["precision"], print)
+
+
+def prompts_of(args: argparse.Namespace, settings: dict[str, Any]) -> list[str]:
+    """One prompt for each picture of an iteration."""
+    from ldm.text2image import read_prompts
+
+    return read_prompts(args.from_file) if args.from_file else [settings["prompt"]] * settings["n_samples"]
+
+
+def gallery(args: argparse.Namespace, settings: dict[str, Any], samples: Any, together: Any, **defaults: Any) -> Any:
+    """Where the pictures go, with the extras that were asked for."""
+    from ldm import safety
+    from ldm.picture_files import Gallery
+
+    check = safety.load_checker() if args.safety == "on" else None
+    mark = safety.load_watermark() if args.watermark == "on" else None
+    samples, together = None if args.skip_save else samples, None if args.skip_grid else together
+    columns = args.n_rows or settings["n_samples"]
+    return Gallery(samples, together, columns, check=check, mark=mark, say=print)
+
+
+def paint(
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    painter: Any,
+    batches: Iterable[Any],
+    size: tuple[int, int],
+    out: Any,
+    *,
+    start: Any = None,
+    finish: Callable[[Any], Any] = lambda picture: picture,
+) -> None:
+    """Paints all batches, writing each picture as soon as it is there.
+
+    Args:
+        size: (height, width) that the model takes; `finish` crops the uint8 picture to what was asked for.
+        out: a Gallery.
+        start: a Start, for pictures made from a picture.
+    """
+    from tqdm import tqdm
+
+    from ldm import generate
+
+    batches = list(batches)
+    total, made, began = sum(len(b) for b in batches), 0, time.perf_counter()
+    strength = 1.0 if start is None else start.strength
+    record = {k: v for k, v in settings.items() if k not in COUNTS} | generate.versions()
+    for batch in (call for b in batches for call in painter.calls(b)):
+        names = f"{made + 1}-{made + len(batch)}" if len(batch) > 1 else f"{made + 1}"
+        with tqdm(total=int(strength * settings["steps"]), desc=f"picture {names} of {total}", unit="step") as bar:
+            callback = step_callback(bar, painter, Path(args.outdir), args.preview)
+            pictures = painter.paint(batch, size, start, callback)
+        made += len(batch)
+        for (seed, prompt), picture in zip(batch, pictures, strict=True):
+            out.add(finish(picture), {**record, "seed": seed, "prompt": prompt, "precision": painter.precision})
+    out.close(record)
+    seconds = (time.perf_counter() - began) / max(1, total)
+    print(f"{out.count} pictures in {args.outdir}, {seconds:.1f} s each, peak memory {peak_memory():.1f} GiB")
+
+
+def step_callback(bar: Any, painter: Any, outdir: Path, every: int | None) -> Callable[[int, Any], None]:
+    """Moves the bar and writes the preview."""
+
+    def step(i: int, x0: Any) -> None:
+        bar.update()
+        if every and (i + 1) % every == 0:
+            from PIL import Image
+
+            outdir.mkdir(parents=True, exist_ok=True)
+            part = outdir / ".preview.png.part"
+            Image.fromarray(painter.decode(x0[:1])[0]).save(part, format="PNG")
+            part.replace(outdir / "preview.png")
+
+    return step
+
+
+def crop_to(size: tuple[int, int], inner: tuple[int, int], corner: bool) -> Callable[[Any], Any]:
+    """A function that crops [H, W, C] pictures of `size` (height, width) to `inner`, at the corner or in the middle."""
+    top, left = (0, 0) if corner else ((size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2)
+    return lambda picture: picture[top : top + inner[0], left : left + inner[1]]
+
+
+def fitting_size(painter: Any, size: tuple[int, int], how: str) -> tuple[int, int]:
+    """The size that the model takes; says so where it is another one. `how` ends the line."""
+    from ldm.picture_files import rounded_up
+
+    fitting = rounded_up(size, painter.multiple)
+    if fitting != size:
+        print(
+            f"size {size[1]}x{size[0]}: the model takes multiples of {painter.multiple}, "
+            f"so {fitting[1]}x{fitting[0]} is painted and {how}"
+        )
+    return fitting

@@ -1,4 +1,4 @@
-"""Two relatives of VQModel from taming-transformers: Gumbel codes, and segmentation maps without a discriminator."""
+"""Relatives of VQModel from taming-transformers: Gumbel codes, and training without a discriminator."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ldm.models.adversarial import Losses
 from ldm.models.autoencoder import VQModel
 from ldm.models.base import BaseModel, Config
 from ldm.models.first_stage import unprefixed
+from ldm.modules.losses import VQLPIPSWithDiscriminator
 from ldm.modules.quantize import GumbelQuantize
 from ldm.util import instantiate_from_config
 
@@ -57,16 +58,15 @@ class GumbelVQ(VQModel):
         return loss, {**logs, "temperature": loss.new_full((), self.quantize.temperature)}
 
 
-class VQSegmentationModel(VQModel):
-    """VQModel of one-hot segmentation maps: cross-entropy, one optimiser, no discriminator.
+class VQNoDiscModel(VQModel):
+    """VQModel trained without a discriminator: one optimiser, which Lightning steps.
 
-    Args:
-        n_labels: number of labels, the channels of the maps.
-        ddconfig, lossconfig, n_embed, embed_dim, ...: as for `VQModel`; the loss is `BCELossWithQuant`.
+    Args: as for `VQModel`; the loss is called with (codebook loss, images, reconstructions, split="train") and gives
+        (loss, logs). `VQLPIPSWithDiscriminator` serves too: its discriminator then stays out.
     """
 
-    def __init__(self, n_labels: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"colorize_nlabels": n_labels, **kwargs})
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.automatic_optimization = True
 
     def configure_callbacks(self) -> list[Any]:
@@ -82,12 +82,30 @@ class VQSegmentationModel(VQModel):
 
     def shared_step(self, batch: dict[str, Any]) -> Losses:
         x = self.get_input(batch, self.image_key)
-        logits, quant_loss = self(x)
-        loss, logs = self.loss(quant_loss, x, logits, split="train")
+        reconstructions, quant_loss, indices = self(x, return_pred_indices=True)
+        if not self.training:
+            self._count(indices)
+        if isinstance(self.loss, VQLPIPSWithDiscriminator):
+            # update -1: before disc_start, whatever it is
+            loss, logs = self.loss(quant_loss, x, reconstructions, 0, -1, last_layer=self.get_last_layer())
+        else:
+            loss, logs = self.loss(quant_loss, x, reconstructions, split="train")
         return loss, unprefixed(logs)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         return BaseModel.training_step(self, batch, batch_idx)
+
+
+class VQSegmentationModel(VQNoDiscModel):
+    """VQModel of one-hot segmentation maps: cross-entropy, one optimiser, no discriminator.
+
+    Args:
+        n_labels: number of labels, the channels of the maps.
+        ddconfig, lossconfig, n_embed, embed_dim, ...: as for `VQModel`; the loss is `BCELossWithQuant`.
+    """
+
+    def __init__(self, n_labels: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"colorize_nlabels": n_labels, **kwargs})
 
     @torch.no_grad()
     def log_images(self, batch: dict[str, Any], n: int = 8, only_inputs: bool = False, **_: Any) -> dict[str, Tensor]:

@@ -110,3 +110,16 @@ def test_every_flag_is_explained(module, page):
     for action in importlib.import_module(module).build_parser()._actions:
         names = [o for o in action.option_strings if o not in ("-h", "--help")]
         assert not names or any(f"`{n}" in text for n in names), f"docs/{page} does not explain {names}"
+
+
+@pytest.mark.smoke
+def test_every_message_is_one_that_the_code_gives():
+    """The messages in docs/troubleshooting.md, cut at `...` and at quoted values, stand in the sources."""
+    files = [ROOT / "main.py", *(ROOT / "ldm").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    source = "\n".join(p.read_text(encoding="utf-8") for p in files)
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # a message that goes over several lines
+    source = re.sub(r"\{[^{}]*\}", "...", source)
+    for row in table_rows(ROOT / "docs/troubleshooting.md"):
+        for part in re.split(r"\.{3,}|, got .*|\(did you mean", row[0].strip("`")):
+            part = part.strip(" .:;,()")
+            assert row[0] == "message" or part in source, f"{row[0]}: {part!r} is said nowhere"

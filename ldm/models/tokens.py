@@ -1,0 +1,211 @@
+"""What the autoregressive recipes share: a frozen first stage that makes tokens, a transformer, sampling, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.models.base import BaseModel, Config
+from ldm.modules.decoding import check_filters, generate
+from ldm.modules.gpt import Transformer
+from ldm.util import SeededNoise, UserError, instantiate_from_config
+
+ADAMW = {"target": "torch.optim.AdamW", "params": {"betas": (0.9, 0.95), "weight_decay": 0.01}}
+Condition = dict[str, Any]
+
+
+class TokenModel(BaseModel):
+    """A transformer over the tokens of a frozen first stage.
+
+    A condition is {"prefix": int64 [B, T], "uncond": the same without the condition, or None, "primed": image tokens
+    [B, P] that are given, or absent}.
+
+    Args:
+        first_stage_config: `{target, params}` of a VQ model, or of `ldm.modules.quantize.PixelCodes`.
+        first_stage_key: batch key of the images.
+        cache_codes: keep the tokens of each picture, by the batch's `relpath`; for data without augmentation.
+    """
+
+    tolerated_keys = ("first_stage_model.loss.",)
+    transformer: Transformer
+
+    def __init__(
+        self,
+        first_stage_config: Config,
+        *,
+        first_stage_key: str = "image",
+        cache_codes: bool = False,
+        **base: Any,
+    ) -> None:
+        super().__init__(**{"optimizer_config": ADAMW, **base})
+        self.first_stage_key, self.cache_codes = first_stage_key, cache_codes
+        self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
+        self._codes: dict[str, Tensor] = {}
+        self._check_first_stage()
+
+    def _check_first_stage(self) -> None:
+        stage = self.first_stage_model
+        if not hasattr(stage, "decode_code") or not hasattr(stage, "n_embed"):
+            raise UserError(
+                f"first_stage_config: {type(stage).__name__} makes no tokens; expected a VQ model "
+                "(ldm.models.autoencoder.VQModel, ldm.models.vqgan.GumbelVQ) or ldm.modules.quantize.PixelCodes"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of an image in tokens."""
+        stage = self.first_stage_model
+        h, w = stage.grid if hasattr(stage, "grid") else stage.decoder.z_shape[2:]
+        return int(h), int(w)
+
+    def build_transformer(self, config: Config, **given: Any) -> Transformer:
+        """`config` with the sizes that follow from the first stage and the condition.
+
+        Raises:
+            UserError: the config names another size.
+        """
+        params = dict(config.get("params") or {})
+        for name, value in given.items():
+            own = params.get(name, value)
+            if (list(own) if isinstance(own, Sequence) else own) != (list(value) if name == "grid" else value):
+                raise UserError(
+                    f"transformer_config.params.{name}: got {own}, expected {value}, which follows from the first "
+                    "stage and the text; leave it out to have it set"
+                )
+        return instantiate_from_config({"target": "ldm.modules.gpt.Transformer", **config}, **given)
+
+    def networks(self) -> list[nn.Module]:
+        return [self.transformer]
+
+    def train(self, mode: bool = True) -> TokenModel:
+        super().train(mode)
+        self.first_stage_model.eval()
+        return self
+
+    # --- optimiser ----------------------------------------------------------------------------------------------------
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return list(self.transformer.parameters())
+
+    def build_optimizer(self, params: Any) -> torch.optim.Optimizer:
+        """Weight decay only for the matrices of linear layers: none for biases, norms and embeddings."""
+        params = list(params)
+        decayed = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)}
+        groups = [
+            {"params": [p for p in params if id(p) in decayed]},
+            {"params": [p for p in params if id(p) not in decayed], "weight_decay": 0.0},
+        ]
+        return super().build_optimizer(groups)
+
+    # --- tokens -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_images(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] -> tokens int64 [B, h w] in raster order.
+
+        Raises:
+            UserError: the images give another grid than the transformer was built for.
+        """
+        quant, _, (_, _, codes) = self.first_stage_model.encode(x)
+        if tuple(quant.shape[2:]) != self.grid:
+            raise UserError(
+                f"images of {x.shape[2]}x{x.shape[3]} pixels give {quant.shape[2]}x{quant.shape[3]} tokens, but the "
+                f"model was built for {self.grid[0]}x{self.grid[1]} (ddconfig.resolution of the first stage): set "
+                "data.params.size"
+            )
+        return codes.reshape(len(x), -1)
+
+    def image_tokens(self, batch: dict[str, Any]) -> Tensor:
+        """The batch's tokens [B, h w], from memory where `cache_codes` is on."""
+        names = batch.get("relpath") if self.cache_codes else None
+        if names is not None and all(n in self._codes for n in names):
+            return torch.stack([self._codes[n] for n in names]).to(self.device)
+        tokens = self.encode_images(self.get_input(batch, self.first_stage_key))
+        if names is not None:
+            self._codes.update(zip(names, tokens.cpu(), strict=True))
+        return tokens
+
+    @torch.no_grad()
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, n] with n at most h w (the rest becomes token 0) -> images [B, C, H, W] in [-1, 1]."""
+        h, w = self.grid
+        tokens = F.pad(tokens, (0, h * w - tokens.shape[1]))
+        return self.first_stage_model.decode_code(tokens.view(-1, h, w)).clamp(-1, 1)
+
+    def prime(self, cond: Condition, images: Tensor, keep: float = 0.5) -> Condition:
+        """A condition whose pictures begin with the upper part of `images` [B or 1, C, H, W] in [-1, 1].
+
+        Args:
+            cond: from `condition`.
+            images: pictures to complete.
+            keep: share of the rows to keep.
+
+        Raises:
+            UserError: keep outside (0, 1), or another number of pictures.
+        """
+        if not 0 < keep < 1:
+            raise UserError(f"keep: got {keep}, expected a share of the rows between 0 and 1")
+        n = len(cond["prefix"])
+        if len(images) not in (1, n):
+            raise UserError(f"got {len(images)} pictures to complete for {n} seeds, expected one, or one each")
+        rows = max(1, round(keep * self.grid[0]))
+        tokens = self.encode_images(images.to(self.device))[:, : rows * self.grid[1]]
+        return {**cond, "primed": tokens.expand(n, -1)}
+
+    # --- sampling -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def draw_tokens(
+        self,
+        cond: Condition,
+        seeds: Sequence[int],
+        *,
+        first: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        scale: float = 1.0,
+        image_start: int | None = None,
+        callback: Callable[..., Any] | None = None,
+    ) -> Tensor:
+        """Image tokens [len(seeds), h w]; see `ldm.modules.decoding.generate`.
+
+        Raises:
+            UserError: filters that make no sense, or guidance for a model that cannot do without its condition.
+        """
+        h, w = self.grid
+        n_codes = self.first_stage_model.n_embed
+        try:
+            check_filters(n_codes, temperature, top_k, top_p)
+        except ValueError as e:
+            raise UserError(str(e)) from e
+        if scale != 1.0 and cond.get("uncond") is None:
+            raise UserError("scale: the model was trained without cond_dropout, so that guidance has nothing to go by")
+        if len(cond["prefix"]) != len(seeds):
+            raise UserError(f"got conditions for {len(cond['prefix'])} pictures, expected {len(seeds)} (one per seed)")
+        preview = None
+        if callback is not None:
+
+            def preview(i: int, tokens: Tensor) -> None:
+                callback(i, lambda: self.decode_tokens(tokens))
+
+        return generate(
+            self.transformer,
+            cond["prefix"].to(self.device),
+            h * w,
+            u=SeededNoise(seeds).rand((len(seeds), h * w), device=self.device),
+            uncond=None if cond.get("uncond") is None else cond["uncond"].to(self.device),
+            scale=scale,
+            primed=cond.get("primed"),
+            first=first,
+            last=first + n_codes,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            image_start=image_start,
+            callback=preview,
+        )
