@@ -164,9 +164,7 @@ TARGETS: dict[str, str] = {
     **_both("ldm.data.previews.pytorch_dataset", "ldm.data.filelist", "Previews"),
     **_both("taming.data.imagenet", "ldm.data.imagenet", "ImageNet"),
     **_both("taming.data.coco", "ldm.data.filelist", "CocoImagesAndCaptions"),
-    **_rows(
-        "taming.data.annotated_objects_open_images", "ldm.data.annotated", "AnnotatedObjectsOpenImages"
-    ),
+    **_rows("taming.data.annotated_objects_open_images", "ldm.data.annotated", "AnnotatedObjectsOpenImages"),
     **_rows("sgm.data.mnist", "ldm.data.vision", "MNISTLoader"),
     **_rows("taming.data.custom", "ldm.data.filelist", "CustomTrain CustomTest"),
     **_rows(

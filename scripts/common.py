@@ -237,7 +237,8 @@ def open_painter(args: argparse.Namespace, settings: dict[str, Any], config: str
     for name, given, own in (("C", args.C, model.channels), ("f", args.f, model.downsampling)):
         if given not in (None, own):
             raise UserError(f"--{name} {given}: the model has {own}")
-    settings |= {"ckpt": str(file), "config": loaded.config, "weights": loaded.weights, "digest": loaded.digest}
+    settings |= {"ckpt": str(file), "weights": loaded.weights, "digest": loaded.digest}
+    settings["config"] = loaded.config if loaded.config.endswith((".yaml", ".yml")) else None  # else it is in the file
     return Painter(model, knobs, settings["negative_prompt"], settings["precision"], print)
 
 
@@ -295,8 +296,8 @@ def paint(
         for (seed, prompt), picture in zip(batch, pictures, strict=True):
             out.add(finish(picture), {**record, "seed": seed, "prompt": prompt, "precision": painter.precision})
     out.close(record)
-    seconds = (time.perf_counter() - began) / max(1, total)
-    print(f"{out.count} pictures in {args.outdir}, {seconds:.1f} s each, peak memory {peak_memory():.1f} GiB")
+    seconds, plural = (time.perf_counter() - began) / max(1, total), "s" * (out.count != 1)
+    print(f"{out.count} picture{plural} in {args.outdir}, {seconds:.1f} s each, peak memory {peak_memory():.1f} GiB")
 
 
 def step_callback(bar: Any, painter: Any, outdir: Path, every: int | None) -> Callable[[int, Any], None]:

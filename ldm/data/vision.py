@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from ldm.data.base import ArrayDataset, Size, check_channels, data_dir, parse_size, resize_arrays, stratified_split
+from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.entries import Entries
 from ldm.data.image import FileImages
 from ldm.data.imagenet import find_imagenet, human_labels, imagenet_entries
@@ -279,3 +281,45 @@ def _unpack_imagenet(root: Path, split: str) -> None:
             f"the ImageNet archives in {root} cannot be unpacked ({' '.join(str(e).split())[:200]}): "
             f"ILSVRC2012_img_{short}.tar and ILSVRC2012_devkit_t12.tar.gz must both be there and complete"
         ) from e
+
+
+class MNISTPairs(MNIST):
+    """MNIST under the keys of generative-models: `jpg` and `cls`."""
+
+    def get_batch(self, indices: Sequence[int], stream: int = 0) -> dict[str, Any]:
+        batch = super().get_batch(indices, stream)
+        return {"jpg": batch["image"], "cls": batch["class_label"]}
+
+
+class MNISTLoader(DataModuleFromConfig):
+    """The data module of generative-models' toy configs: `jpg` float32 [B, 28, 28, 1] in [-1, 1], `cls` int64 [B].
+
+    All 60,000 training images train; the test images validate and test.
+
+    Args:
+        batch_size: images a batch, on each device.
+        num_workers: processes; 0 is fastest, as the images are in memory.
+        prefetch_factor: batches that each process keeps ready.
+        shuffle: random order in training.
+        data_root: where the files are or go; default $LDM_DATA, else data/ in the working directory.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_workers: int = 0,
+        prefetch_factor: int = 2,
+        shuffle: bool = True,
+        data_root: str | None = None,
+    ) -> None:
+        target = "ldm.data.vision.MNISTPairs"
+        train = {"target": target, "params": {"split": "train", "val_fraction": 0.0, "data_root": data_root}}
+        test = {"target": target, "params": {"split": "test", "data_root": data_root}}
+        super().__init__(batch_size, train, test, test, num_workers=num_workers)
+        self.shuffled["train"], self.prefetch_factor = shuffle, prefetch_factor
+
+    def _loader(self, split: str) -> DataLoader:
+        loader = super()._loader(split)
+        if loader.num_workers > 0:
+            loader.prefetch_factor = self.prefetch_factor
+        return loader

@@ -66,8 +66,8 @@ class Net2NetTransformer(TokenModel):
         n_codes, vocabulary = self.first_stage_model.n_embed, self.transformer.vocab_size
         if n_codes > vocabulary:
             raise UserError(
-                f"transformer_config.params.vocab_size: got {vocabulary}, expected at least {n_codes}, the codes of the "
-                "first stage"
+                f"transformer_config.params.vocab_size: got {vocabulary}, expected at least {n_codes}, the codes of "
+                "the first stage"
             )
         self.load_ckpt_path()
 

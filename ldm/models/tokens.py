@@ -25,12 +25,12 @@ class TokenModel(BaseModel):
     [B, P] that are given, or absent}.
 
     Args:
-        first_stage_config: `{target, params}` of a VQ model, or of `ldm.modules.quantize.PixelCodes`.
+        first_stage_config: `{target, params}` of a VQ model, or of `ldm.modules.codebooks.PixelCodes`.
         first_stage_key: batch key of the images.
         cache_codes: keep the tokens of each picture, by the batch's `relpath`; for data without augmentation.
     """
 
-    tolerated_keys = ("first_stage_model.loss.",)
+    tolerated_keys = ("first_stage_model.loss.", "cond_stage_model.loss.")
     transformer: Transformer
 
     def __init__(
@@ -52,7 +52,7 @@ class TokenModel(BaseModel):
         if not hasattr(stage, "decode_code") or not hasattr(stage, "n_embed"):
             raise UserError(
                 f"first_stage_config: {type(stage).__name__} makes no tokens; expected a VQ model "
-                "(ldm.models.autoencoder.VQModel, ldm.models.vqgan.GumbelVQ) or ldm.modules.quantize.PixelCodes"
+                "(ldm.models.autoencoder.VQModel, ldm.models.vqgan.GumbelVQ) or ldm.modules.codebooks.PixelCodes"
             )
 
     @property

@@ -1,10 +1,11 @@
 """Every command of README.md and docs/ is run as a user types it, from another folder, shrunk to a few steps.
 
-Placeholders: `logs/<run>` and the other names of RUNS are tiny runs of the config named there; `my_pictures` and `PATH`
-are a folder of pictures, `FILE` is a checkpoint, `picture.png` was drawn by scripts/sample.py. A page that needs
-another one adds a row here. `make X` is looked up in the Makefile without running it.
+`logs/<run>` and the other names in RUNS stand for tiny runs of the config named there, the words in STANDS_FOR for
+small files of that kind. A page that needs another one adds a row here; an unknown one fails. `make X` is looked up in the
+Makefile without running it.
 """
 
+import importlib.util
 import re
 import runpy
 import shlex
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -27,11 +29,13 @@ RUNS = {
     "classifier_run": "configs/classifier/resnet_digits.yaml",
     "vae_run": "configs/autoencoder/vae_digits.yaml",
 }
+DIFFUSION = {name for name, config in RUNS.items() if config.startswith("configs/diffusion/")}
 # what makes a network or an evaluation small: key of a YAML -> value
 SMALL = {"model_channels": 32, "num_res_blocks": 1, "iwae_samples": 1, "ch": 16, "batch_size": 4}
 # what makes a sampling command short: flag -> the most that is run
 SHORT = {"-n": 10, "--n_samples": 10, "--n-samples": 10, "--steps": 3, "--max_steps": 1, "--max_epochs": 1}
 ONE_STEP = ["--max_steps", "1", "--limit_val_batches", "1", "--limit_test_batches", "1"]
+OUTPUTS = ("--out", "--outdir", "--json", "-l", "--logdir", "-n", "--name")  # what follows is written, not read
 OFFLINE = ("ldm.data.builtin.", "ldm.data.image.ImageFolder")  # data that a test has
 
 FOUND: dict[str, list[str]] = {}
@@ -63,6 +67,7 @@ class Things:
         return Path(shutil.copytree(self.run(name), place / "logs" / name, dirs_exist_ok=True))
 
     def pictures(self):
+        """A folder with three classes of eight pictures."""
         folder = self.folder / "my_pictures"
         if not folder.exists():
             rng = np.random.default_rng(0)
@@ -72,12 +77,44 @@ class Things:
                 Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path)
         return folder
 
+    def trained(self):
+        """A checkpoint file of the diffusion run."""
+        return self.run("run") / "checkpoints/last.ckpt"
+
     def drawn(self):
+        """A picture that scripts/sample.py drew."""
         path = self.folder / "drawn/00000.png"
         if not path.exists():
             argv = ["-r", self.run("run"), "-n", 1, "--steps", 2, "--outdir", path.parent]
             assert run_script("sample.py", argv) == 0
         return path
+
+    def official(self):
+        """A small file with the names of Stable Diffusion 1, and its YAML beside it."""
+        from tests.conversion.models import config, modules, official_state
+
+        path = self.folder / "official/model.ckpt"
+        if not path.exists():
+            path.parent.mkdir()
+            torch.save({"state_dict": official_state("sd1", modules("sd1"))}, path)
+            OmegaConf.save(OmegaConf.create(config("sd1")), path.with_suffix(".yaml"))
+        return path
+
+    def diffusers(self):
+        """The same as a diffusers folder."""
+        folder = self.folder / "sd-v1"
+        if not folder.exists():
+            assert run_script("convert.py", ["--ckpt", self.official(), "--to", "diffusers", "--out", folder]) == 0
+        return folder
+
+
+STANDS_FOR = {
+    r"PATH|my_pictures": Things.pictures,
+    r"FILE": Things.trained,
+    r"picture\.png|outputs/\S+\.png": Things.drawn,
+    r"(models/ldm/stable-diffusion-v1/)?model\.ckpt": Things.official,
+    r"sd-v1": Things.diffusers,
+}
 
 
 @pytest.fixture(scope="session")
@@ -93,22 +130,23 @@ def small(yamls):
     return [*QUICK, *(f"{k}={v}" for k, v in shrunk.items())]
 
 
-def substitute(word, things, place):
-    """A word of a command with its placeholders filled in."""
-    if re.match(r"configs/.*\.yaml$", word):
+def substitute(words, things, place):
+    """The words of a command with their placeholders filled in."""
+    return [_substitute(w, before, things, place) for w, before in zip(words, ["", *words], strict=False)]
+
+
+def _substitute(word, before, things, place):
+    if re.fullmatch(r"configs/.*\.yaml", word):
         assert (ROOT / word).is_file(), f"{word} does not exist"
         return str(ROOT / word)
     word = re.sub(r"(?:logs/)?<(\w+)>", lambda m: str(things.copy_run(m[1], place)), word)
-    head, equals, tail = word.partition("=")
-    value = tail if equals else head
-    if value in ("PATH", "my_pictures"):
-        value = str(things.pictures())
-    elif value == "FILE":
-        value = str(things.run("run") / "checkpoints/last.ckpt")
-    elif re.fullmatch(r"picture\.png|outputs/.*\.png", value):
-        value = str(things.drawn())
-    assert not re.search(r"<|>|\.\.\.", value) and not re.fullmatch(r"[A-Z]{2,}", value), f"unknown placeholder {word}"
-    return f"{head}={value}" if equals else value
+    key, equals, value = word.rpartition("=")
+    if before not in OUTPUTS:
+        make = next((m for pattern, m in STANDS_FOR.items() if re.fullmatch(pattern, value)), None)
+        value = str(make(things)) if make else value
+    unknown = re.search(r"[<>]|\.\.\.", value) or re.fullmatch(r"[A-Z]{2,}", value)
+    assert not unknown, f"unknown placeholder {word}: tests/docs/test_commands.py knows {', '.join(STANDS_FOR)}"
+    return key + equals + value
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -127,12 +165,16 @@ def run_script(name, argv):
     return 0
 
 
-def shorten(argv):
-    """Numbers of steps and pictures no larger than SHORT says."""
+def shorten(script, argv):
+    """Numbers of steps and pictures no larger than SHORT says, and small where the command leaves them to the default."""
     short = list(argv)
     for i, flag in enumerate(short[:-1]):
         if flag in SHORT and short[i + 1].isdigit():
             short[i + 1] = str(min(int(short[i + 1]), SHORT[flag]))
+    if script in ("scripts/sample.py", "scripts/evaluate.py") and "-n" not in short and "--like" not in short:
+        short += ["-n", "4"]
+    if script == "scripts/sample.py" and "--steps" not in short and any(DIFFUSION & set(Path(w).parts) for w in short):
+        short += ["--steps", "3"]
     return short
 
 
@@ -161,9 +203,12 @@ def test_command(command, things, tmp_path, monkeypatch, capfd):
     if words[0] == "make":
         assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0, command
         return
-    script, words = words[1], [substitute(w, things, tmp_path) for w in words[2:]]
+    if words[1] == "-m":
+        assert importlib.util.find_spec(words[2]), f"no module {words[2]}"
+        return
+    script, words = words[1], substitute(words[2:], things, tmp_path)
     monkeypatch.chdir(tmp_path)
-    argv = shorten(words)
+    argv = shorten(script, words)
     if {"--help", "-h"} & set(argv):
         code = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True).returncode
     elif script == "main.py":
@@ -176,7 +221,7 @@ def test_command(command, things, tmp_path, monkeypatch, capfd):
     assert code == 0, f"{', '.join(FOUND[command])}: {command}\n{capfd.readouterr().err[-2000:]}"
 
 
-# --- the machinery itself: what is wrong on a page fails ---------------------------------------------------------------
+# --- the machinery itself ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -184,7 +229,7 @@ def test_command(command, things, tmp_path, monkeypatch, capfd):
 )
 def test_an_unknown_placeholder_fails(word, things, tmp_path):
     with pytest.raises(AssertionError):
-        substitute(word, things, tmp_path)
+        substitute([word], things, tmp_path)
 
 
 def test_commands_are_found_in_every_form(tmp_path):

@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,8 +18,8 @@ from torch.utils.data import DataLoader
 from ldm.models import pretrained
 from ldm.models.classifier import TILE, Classifier, filter_picture, labelled
 from ldm.modules.classifiers import resnet
-from ldm.util import ConfigError, UserError
-from tests.cli.tools import QUICK, config, only_run, run_main
+from ldm.util import ConfigError, UserError, instantiate_from_config
+from tests.cli.tools import QUICK, ROOT, config, only_run, run_main
 
 NET = {"target": "ldm.modules.classifiers.resnet.resnet20", "params": {"width": 0.5}}
 GOOGLENET = {"target": "ldm.modules.classifiers.googlenet.googlenet", "params": {"width": 0.125, "stem": "small"}}
@@ -440,6 +441,18 @@ def test_own_folder_trains_tests_and_goes_on_from_weights(tmp_path, capfd):
     assert run_main(*start) == 2
     assert "is for 3 classes, the model has 5" in capfd.readouterr().err
     assert run_main(*start, "model.params.allow_head=true", "-f", "_second") == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/classifier").glob("*_cifar10.yaml")), ids=lambda p: p.stem)
+def test_every_network_s_config_builds_and_steps(path):
+    merged = OmegaConf.load(path)
+    merged.model.params.num_classes = 10
+    model = instantiate_from_config(OmegaConf.to_container(merged, resolve=True)["model"])
+    loss, _ = model.loss(batch(n=2, classes=10, size=32))
+    loss.backward()
+    optimizer = model.build_optimizer(model.trained_parameters())
+    optimizer.step()
+    assert loss.isfinite()
 
 
 def test_digits_config_learns(tmp_path):

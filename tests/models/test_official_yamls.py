@@ -4,10 +4,14 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from ldm import checkpoint
+from ldm.families import for_recipe
 from ldm.util import ConfigError, instantiate_from_config
 from tests.reference import FIXTURES, compare
 
+ROOT = FIXTURES.parents[2]
 TREES = json.loads((FIXTURES.parent / "official_configs.json").read_text())
 
 
@@ -52,6 +56,20 @@ def test_the_yaml_of_taming_builds(path):
     with torch.device("meta"):
         model = instantiate_from_config(without_files(TREES[path]["model"]))
     assert {"encoder", "decoder", "quantize", "loss"} <= set(dict(model.named_children()))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"), [("sd_xl_base", "sdxl_base"), ("v2-inference", "sd_2_1"), ("v2-inference-v", "sd_2_1")]
+)
+def test_files_of_generative_models_fit_latent_diffusion(name, keys):
+    """The same models by this project's own YAML; the tables, which the files lack, come from the config."""
+    config = OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/stable-diffusion/{name}.yaml"))
+    with torch.device("meta"):
+        model = instantiate_from_config({k: config["model"][k] for k in ("target", "params")})
+        file = {k: torch.empty(shape) for k, shape in compare.load(FIXTURES / f"keys_{keys}.json")["keys"].items()}
+    checkpoint.load(model, for_recipe(file, model.state_dict()), assign=True)
+    tables = {k for k in model.state_dict() if k not in for_recipe(file, model.state_dict())}
+    assert tables and all("." not in k for k in tables)
 
 
 def test_every_list_of_keys_has_its_yaml():

@@ -209,11 +209,9 @@ class DiffusionEngine(GeneralConditions, FirstStage, SeededSampling):
             abar = getattr(levels, "alphas_cumprod", None)
             if abar is not None:
                 self._path = VPPath(abar)
-            elif levels is None:
-                self._path = VEPath()
             else:
-                sigmas = levels.get_sigmas(1000).double()
-                self._path = VEPath(float(sigmas.min()), float(sigmas.max()))
+                known = {k: getattr(levels, k) for k in ("sigma_min", "sigma_max") if hasattr(levels, k)}
+                self._path = VEPath(**known)
         return self._path
 
     def denoise(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
