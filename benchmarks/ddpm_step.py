@@ -2,7 +2,9 @@
 
 python benchmarks/ddpm_step.py          (needs: pip install diffusers denoising-diffusion-pytorch)
 
-Same widths (64, 128, 256, 256), two residual blocks a level, attention at 8x8 and 4x4, 32x32 RGB, batch 16, fp32.
+Widths 64, 128, 256, 256, 32x32 RGB, batch 16, fp32. Against diffusers: two residual blocks a level, attention at 8x8
+and 4x4, equal parameter counts. Against denoising-diffusion-pytorch: one residual block a level, which is that
+library's size (18.07 M against 17.88 M parameters, 3.06 against 3.04 GFLOP for a forward pass of one picture).
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ def batch() -> torch.Tensor:
     return torch.rand(BATCH, SIZE, SIZE, 3) * 2 - 1
 
 
-def ours() -> Callable[[], None]:
+def ours(res_blocks: int) -> Callable[[], None]:
     from ldm.models.diffusion.ddpm import DDPM
 
     unet = {
         "target": "ldm.modules.unet.UNetModel",
         "params": {
-            "image_size": SIZE, "in_channels": 3, "out_channels": 3, "model_channels": 64, "num_res_blocks": 2,
+            "image_size": SIZE, "in_channels": 3, "out_channels": 3, "model_channels": 64, "num_res_blocks": res_blocks,
             "channel_mult": WIDTHS, "attention_resolutions": [4, 8], "num_head_channels": 32,
         },
     }  # fmt: skip
@@ -109,10 +111,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    sides = {"ldm": ours(), "diffusers": diffusers(), "denoising-diffusion-pytorch": lucidrains()}
-    for name, side in sides.items():
-        print(f"{name}: {side.parameters / 1e6:.2f} M parameters")
-    report("DDPM training step, 32x32, batch 16", compare(sides, args.rounds), "ldm")
+    pairs = (
+        {"ldm, 2 blocks": ours(2), "diffusers": diffusers()},
+        {"ldm, 1 block": ours(1), "denoising-diffusion-pytorch": lucidrains()},
+    )
+    for sides in pairs:
+        for name, side in sides.items():
+            print(f"{name}: {side.parameters / 1e6:.2f} M parameters")
+        report("DDPM training step, 32x32, batch 16", compare(sides, args.rounds), next(iter(sides)))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def dry_run(run: Run) -> None:
     run.args.train = True
     data, _ = training.build_data(run)
     model, config = training.build_model(run, data)
+    model.cache_latents = None  # a dry run writes nothing
     params = dict(resolve(run.merged, run.merged.config.lightning, "lightning").get("trainer") or {})
     full = pl.Trainer(
         **{**_for_strategy(dict(params)), "logger": False, "enable_checkpointing": False, "barebones": False}

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ldm.data.base import Size, Txt2ImgIterableBaseDataset
+from ldm.data.cached import CachedLatents, Encode, cache
 from ldm.data.entries import NoSplitError
 from ldm.data.image import ImageFolder, available_cpus
 from ldm.data.sampler import EpochSampler, ResumableLoader, Streamed, collate
@@ -138,6 +139,27 @@ class DataModuleFromConfig(pl.LightningDataModule):
             rank_zero_info(f"the pictures in {root} take the place of {target.rpartition('.')[2]}")
             self._replaced.update(c.get("target") for c in self.configs.values())  # one line for all splits
         return self._unless_absent(split, {"target": FOLDER, "params": {**known, "root": root, "split": part}})
+
+    def cache_latents(self, directory: str, encode: Encode, identity: str) -> None:
+        """From now on the training and validation sets give latents, kept in `directory` (see `ldm.data.cached`).
+
+        Args:
+            encode: pictures [B, H, W, C] in [-1, 1] -> float32 [B, c, h, w].
+            identity: of the weights that encode.
+
+        Raises:
+            UserError: the data sets draw other augmentations than flips, or the disk is full.
+        """
+        for split in [s for s in STAGES["fit"] if s in self.configs]:
+            self.setup("fit")
+            strategy = {}
+            if self.trainer is not None and self.trainer.world_size > 1:
+                rank, world = self.trainer.global_rank, self.trainer.world_size
+                strategy = {"rank": rank, "world": world, "barrier": self.trainer.strategy.barrier}
+            if not isinstance(self.datasets[split], CachedLatents):
+                self.datasets[split] = cache(
+                    self.datasets[split], directory, split, encode, identity, self.batch_size, **strategy
+                )
 
     @property
     def has_test(self) -> bool:

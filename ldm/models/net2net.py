@@ -69,7 +69,7 @@ class Net2NetTransformer(TokenModel):
                 f"transformer_config.params.vocab_size: got {vocabulary}, expected at least {n_codes}, the codes of "
                 "the first stage"
             )
-        self.load_ckpt_path()
+        self._finish()
 
     def train(self, mode: bool = True) -> Net2NetTransformer:
         super().train(mode)

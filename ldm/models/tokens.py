@@ -28,6 +28,8 @@ class TokenModel(BaseModel):
         first_stage_config: `{target, params}` of a VQ model, or of `ldm.modules.codebooks.PixelCodes`.
         first_stage_key: batch key of the images.
         cache_codes: keep the tokens of each picture, by the batch's `relpath`; for data without augmentation.
+        use_ema: average the transformer's weights.
+        ema_decay: of the average.
     """
 
     tolerated_keys = ("first_stage_model.loss.", "cond_stage_model.loss.")
@@ -39,9 +41,12 @@ class TokenModel(BaseModel):
         *,
         first_stage_key: str = "image",
         cache_codes: bool = False,
+        use_ema: bool = False,
+        ema_decay: float = 0.9999,
         **base: Any,
     ) -> None:
         super().__init__(**{"optimizer_config": ADAMW, **base})
+        self._averaged = ema_decay if use_ema else None
         self.first_stage_key, self.cache_codes = first_stage_key, cache_codes
         self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
         self._codes: dict[str, Tensor] = {}
@@ -54,6 +59,12 @@ class TokenModel(BaseModel):
                 f"first_stage_config: {type(stage).__name__} makes no tokens; expected a VQ model "
                 "(ldm.models.autoencoder.VQModel, ldm.models.vqgan.GumbelVQ) or ldm.modules.codebooks.PixelCodes"
             )
+
+    def _finish(self) -> None:
+        """The end of every constructor: the average needs the transformer, the checkpoint all weights."""
+        if self._averaged is not None:
+            self.init_ema(self.transformer, decay=self._averaged)
+        self.load_ckpt_path()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -170,9 +181,10 @@ class TokenModel(BaseModel):
         top_p: float | None = None,
         scale: float = 1.0,
         image_start: int | None = None,
+        u: Tensor | None = None,
         callback: Callable[..., Any] | None = None,
     ) -> Tensor:
-        """Image tokens [len(seeds), h w]; see `ldm.modules.decoding.generate`.
+        """Image tokens [len(seeds), h w]; see `ldm.modules.decoding.generate`. `u` are other random numbers.
 
         Raises:
             UserError: filters that make no sense, or guidance for a model that cannot do without its condition.
@@ -197,7 +209,7 @@ class TokenModel(BaseModel):
             self.transformer,
             cond["prefix"].to(self.device),
             h * w,
-            u=SeededNoise(seeds).rand((len(seeds), h * w), device=self.device),
+            u=SeededNoise(seeds).rand((len(seeds), h * w), device=self.device) if u is None else u,
             uncond=None if cond.get("uncond") is None else cond["uncond"].to(self.device),
             scale=scale,
             primed=cond.get("primed"),

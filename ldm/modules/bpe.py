@@ -46,7 +46,7 @@ class BytePairs(nn.Module):
         self.vocab_size = vocab_size
         self.register_buffer("merges", torch.full((vocab_size - BYTES, 2), -1, dtype=torch.int32))
         self.register_buffer("seen", torch.zeros(vocab_size, dtype=torch.bool))
-        self._tokenizer: tuple[int, Tokenizer] | None = None
+        self._tokenizer: tuple[tuple[int, int], Tokenizer] | None = None
         if file is not None:
             self.read(file)
 
@@ -116,7 +116,7 @@ class BytePairs(nn.Module):
     @property
     def tokenizer(self) -> Tokenizer:
         """The same as an object of the `tokenizers` package; made again when other weights were loaded."""
-        version = self.merges._version
+        version = id(self.merges), self.merges._version
         if self._tokenizer is None or self._tokenizer[0] != version:
             from tokenizers import models
 

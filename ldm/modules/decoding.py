@@ -82,6 +82,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     image_start: int | None = None,
+    end: int | None = None,
     callback: Progress | None = None,
 ) -> Tensor:
     """Tokens that go on where `prefix` ends: int64 [B, steps], counted from `first`.
@@ -96,6 +97,7 @@ def generate(
         first, last: the range of the vocabulary that tokens are drawn from.
         temperature, top_k, top_p: see `filter_logits`; temperature 0 takes the most probable tokens.
         image_start: see `Transformer.features`.
+        end: the token (counted from `first`) that ends a sequence: it fills the rest once all sequences are ended.
         callback: called with (number of tokens, tokens [B, number]) after each token.
 
     Raises:
@@ -122,6 +124,9 @@ def generate(
             c, n = logits.chunk(2)
             logits = n + scale * (c - n)
         tokens[:, i] = choose(logits, None if u is None else u[:, i], temperature, top_k, top_p)
+        if end is not None and bool((tokens[:, : i + 1] == end).any(1).all()):
+            tokens[:, i + 1 :] = end
+            break
         new = tokens[:, i : i + 1].repeat(2 if guided else 1, 1) + first
         if callback is not None:
             callback(i + 1, tokens[:, : i + 1])

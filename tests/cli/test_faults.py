@@ -16,10 +16,9 @@ from tests.cli.tools import DIGITS, QUICK, config, only_run, run_main
 def fails(capsys, *argv, code=2):
     assert run_main(*argv) == code
     err = capsys.readouterr().err
-    message = err.strip().splitlines()[-1]
-    assert message.startswith("error: ")
     assert "Traceback" not in err
-    return message
+    assert err.count("error: ") == 1
+    return err[err.index("error: ") :]
 
 
 def train(tmp_path, *argv):

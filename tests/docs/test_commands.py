@@ -1,8 +1,8 @@
 """Every command of README.md and docs/ is run as a user types it, from another folder, shrunk to a few steps.
 
 `logs/<run>` and the other names in RUNS stand for tiny runs of the config named there, the words in STANDS_FOR for
-small files of that kind. A page that needs another one adds a row here; an unknown one fails. `make X` is looked up in the
-Makefile without running it.
+small files of that kind. A page that needs another one adds a row here; an unknown one fails. `make X` is looked up in
+the Makefile without running it.
 """
 
 import importlib.util
@@ -166,7 +166,7 @@ def run_script(name, argv):
 
 
 def shorten(script, argv):
-    """Numbers of steps and pictures no larger than SHORT says, and small where the command leaves them to the default."""
+    """Numbers of steps and pictures no larger than SHORT says, and small where the command does not give them."""
     short = list(argv)
     for i, flag in enumerate(short[:-1]):
         if flag in SHORT and short[i + 1].isdigit():
@@ -221,7 +221,7 @@ def test_command(command, things, tmp_path, monkeypatch, capfd):
     assert code == 0, f"{', '.join(FOUND[command])}: {command}\n{capfd.readouterr().err[-2000:]}"
 
 
-# --- the machinery itself ----------------------------------------------------------------------------------------------
+# --- the machinery itself ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.models.base import BaseModel
 from ldm.models.diffusion import general
-from ldm.models.diffusion.first_stage import FirstStage
+from ldm.models.diffusion.first_stage import LATENTS, FirstStage
 from ldm.models.diffusion.general import GeneralConditions, one_each
 from ldm.models.diffusion.wrapper import joined
 from ldm.modules.conditioners import ClassEmbedder, GeneralConditioner
@@ -91,6 +91,8 @@ class Conditioning(GeneralConditions, FirstStage):
         """
         if isinstance(self.cond_stage_model, GeneralConditioner):
             size = self._pixels() if x is None else x.shape[2:]
+            if LATENTS in batch:
+                size = [self.downsampling * n for n in batch[LATENTS].shape[2:]]
             return general.with_sizes(self.cond_stage_model, batch, size, self.place)
         if key == self.first_stage_key:
             return x

@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.diffusion.schedule import Path, VEPath, VPPath, expand, slice_grid
 from ldm.diffusion.sgm import BaseDiffusionSampler, Discretization, OpenAIWrapper
 from ldm.models.base import BaseModel, Config
-from ldm.models.diffusion.first_stage import FirstStage
+from ldm.models.diffusion.first_stage import LATENTS, FirstStage
 from ldm.models.diffusion.general import (
     GeneralConditions,
     check_inputs,
@@ -58,6 +58,7 @@ class DiffusionEngine(GeneralConditions, FirstStage, SeededSampling):
         en_and_decode_n_samples_a_time: run the first stage on so many pictures at once; None = on all.
         image_size: pixels to sample, one number or [height, width]; None = those of the training pictures, and what
             the released models were trained on (512, SDXL 1024) where nothing was trained.
+        cache_latents: folder where the latents of the data are kept, as for LatentDiffusion.
         base: further parameters of BaseModel.
     """
 
@@ -87,6 +88,7 @@ class DiffusionEngine(GeneralConditions, FirstStage, SeededSampling):
         en_and_decode_n_samples_a_time: int | None = None,
         *,
         image_size: int | Sequence[int] | None = None,
+        cache_latents: str | None = None,
         **base: Any,
     ) -> None:
         base |= {"optimizer_config": optimizer_config, "scheduler_config": scheduler_config, "ckpt_path": ckpt_path}
@@ -94,6 +96,7 @@ class DiffusionEngine(GeneralConditions, FirstStage, SeededSampling):
         self.first_stage_key, self.log_keys, self.no_cond_log = input_key, log_keys, no_cond_log
         self.disable_first_stage_autocast, self.chunk = disable_first_stage_autocast, en_and_decode_n_samples_a_time
         self.image_size = [image_size] * 2 if isinstance(image_size, int) else image_size
+        self.cache_latents = cache_latents
         network = instantiate_from_config(network_config)
         self.channels: int = network.out_channels
         wrapper = OpenAIWrapper if network_wrapper is None else get_obj_from_str(network_wrapper)
@@ -162,6 +165,9 @@ class DiffusionEngine(GeneralConditions, FirstStage, SeededSampling):
     def pictures_of(self, batch: Mapping[str, Any]) -> Tensor:
         return self.get_input(batch)
 
+    def latents_of(self, batch: Mapping[str, Any]) -> Tensor:
+        return super().latents_of(batch) if LATENTS in batch else self.encode_first_stage(self.get_input(batch))
+
     # --- training -----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -174,17 +180,14 @@ class DiffusionEngine(GeneralConditions, FirstStage, SeededSampling):
 
     def shared_step(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch -> loss, and what to log."""
-        x = self.get_input(batch)
-        self._remember_size(x)
-        return self(self.encode_first_stage(x), with_sizes(self.conditioner, batch, x.shape[2:], x.device))
+        z = self.latents_of(batch)
+        size = [self.downsampling * n for n in z.shape[2:]]
+        self.image_size = self.image_size or size
+        return self(z, with_sizes(self.conditioner, batch, size, z.device))
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The same."""
         return self.shared_step(batch)
-
-    def _remember_size(self, x: Tensor) -> None:
-        if self.image_size is None:
-            self.image_size = list(x.shape[2:])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -374,9 +377,10 @@ class DiffusionEngine(GeneralConditions, FirstStage, SeededSampling):
         on them.
         """
         batch = {k: v[: N or n] for k, v in batch.items()}
-        x = self.get_input(batch)
-        z = self.encode_first_stage(x)
-        pictures = {"inputs": x, "reconstructions": self.decode_first_stage(z).clamp(-1, 1)}
+        z = self.latents_of(batch)
+        reconstructions = self.decode_first_stage(z).clamp(-1, 1)
+        x = reconstructions if LATENTS in batch else self.get_input(batch)
+        pictures = {"inputs": x, "reconstructions": reconstructions}
         batch = with_sizes(self.conditioner, batch, x.shape[2:], x.device)
         pictures |= self._condition_pictures(batch, (x.shape[3], x.shape[2]))
         if sample:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ldm.modules.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, instantiate_from_config
 
 MEASURED_IMAGES = 1000  # at least so many decide the latent scale
+LATENTS = "latents"  # where a batch keeps what the first stage made of its pictures
 
 
 class FirstStage(BaseModel):
@@ -27,6 +29,8 @@ class FirstStage(BaseModel):
     first_stage_key: str
     first_stage_model: nn.Module
     scale_factor: Tensor | float
+    channels: int  # of the latents
+    cache_latents: str | None = None  # folder where the latents of the data are kept
     missing_weights: str | None = None  # a file that the config names and that is not there
 
     def init_first_stage(self, config: Mapping[str, Any] | str, scale_factor: float | str, scale_by_std: bool) -> None:
@@ -137,8 +141,48 @@ class FirstStage(BaseModel):
         return BaseModel.get_input(self, batch, self.first_stage_key)
 
     def latents_of(self, batch: Mapping[str, Any]) -> Tensor:
-        """A batch's scaled latents [B, c, h, w], float32."""
-        return self.get_first_stage_encoding(self.posterior(self.pictures_of(batch)))
+        """A batch's scaled latents [B, c, h, w], float32: its pictures encoded, or from `cache_latents`."""
+        if LATENTS not in batch:
+            return self.get_first_stage_encoding(self.posterior(self.pictures_of(batch)))
+        z = batch[LATENTS]
+        gaussian = z.shape[1] == 2 * self.channels
+        return self.get_first_stage_encoding(DiagonalGaussianDistribution(z) if gaussian else z)
+
+    # --- latents on disk ----------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.cache_latents is None:
+            return
+        self.check_cacheable()
+        data = self.trainer.datamodule
+        if not hasattr(data, "cache_latents"):
+            raise UserError("cache_latents needs the data of main.DataModuleFromConfig")
+        data.cache_latents(self.cache_latents, self._moments, self._digest())
+
+    def check_cacheable(self) -> None:
+        """Raises UserError where pictures are needed for more than their latents."""
+
+    def _moments(self, pictures: Tensor) -> Tensor:
+        """[B, H, W, C] in [-1, 1] -> mean and log-variance of the posterior stacked, or latents; unscaled, float32."""
+        x = BaseModel.get_input(self, {"image": pictures.to(self.first_stage_place)}, "image")
+        out = self.posterior(x)
+        return (out.parameters if isinstance(out, DiagonalGaussianDistribution) else out).float()
+
+    @property
+    def first_stage_place(self) -> torch.device:
+        """Where the first stage is."""
+        return next((p.device for p in self.first_stage_model.parameters()), self.device)
+
+    def _digest(self) -> str:
+        """Changes with the first stage's weights."""
+        sha = hashlib.sha256()
+        for name, value in self.first_stage_model.state_dict().items():
+            sha.update(name.encode())
+            sha.update(
+                value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else repr(value).encode()
+            )
+        return sha.hexdigest()
 
     # --- the scale of the latents -------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from ldm.diffusion.official import DDIMSampler
 from ldm.models.autoencoder import VQModel
 from ldm.models.diffusion.conditioning import UNCONDITIONAL, Conditioning
 from ldm.models.diffusion.ddpm import DDPM, Losses, pair
+from ldm.models.diffusion.first_stage import LATENTS
 from ldm.models.diffusion.general import texts_of
 from ldm.models.diffusion.loops import LatentLoops, first_rows
 from ldm.models.diffusion.pictures import Recorder, box_masks, class_pictures, noising, row, to_rgb
@@ -36,6 +37,8 @@ class LatentDiffusion(Conditioning, LatentLoops, DDPM):
         scale_by_std: the official rule: measured on the first batch.
         concat_keys: maps of the batch that go to the network's input channels in this order, beside the condition
             (hybrid) or after it (concat): masks are resized, `masked_image_key` is encoded.
+        cache_latents: folder where the latents of the training and validation pictures (and of their mirror images,
+            with flip_p) are kept: encoded once, before the first step. Refused with other augmentations.
         num_classes, cond_dropout: as for DDPM; the null class is one row more in the class embedder, the null text
             is empty.
         ddpm: unet_config and every other parameter of DDPM; `clip_denoised` is always false.
@@ -57,6 +60,7 @@ class LatentDiffusion(Conditioning, LatentLoops, DDPM):
         concat_keys: Sequence[str] = (),
         masked_image_key: str = "masked_image",
         num_classes: int | None = None,
+        cache_latents: str | None = None,
         **ddpm: Any,
     ) -> None:
         if conditioning_key is None:
@@ -73,6 +77,7 @@ class LatentDiffusion(Conditioning, LatentLoops, DDPM):
         self.concat_mode, self.cond_stage_key = concat_mode, cond_stage_key
         self.cond_stage_trainable, self.cond_stage_forward = cond_stage_trainable, cond_stage_forward
         self.concat_keys, self.masked_image_key = tuple(concat_keys), masked_image_key
+        self.cache_latents = cache_latents
         self._check_condition()
         self._init_cond_schedule(num_timesteps_cond or 1)
         self.init_first_stage(first_stage_config, scale_factor, scale_by_std)
@@ -88,6 +93,10 @@ class LatentDiffusion(Conditioning, LatentLoops, DDPM):
             raise UserError("conditioning_key hybrid needs concat_keys, the maps of the batch to concatenate")
         if self.cond_dropout and key in (None, "concat"):
             raise UserError(f"cond_dropout does not apply to conditioning_key {key}: there is no null condition")
+
+    def check_cacheable(self) -> None:
+        if self.conditioning_key is not None and (self.concat_keys or self.cond_stage_key == self.first_stage_key):
+            raise UserError("cache_latents: this model's condition is made of the pictures, which are then not read")
 
     def _init_cond_schedule(self, steps: int) -> None:
         """cond_ids [T]: the time at which a condition is noised that goes with x_t; all but the first are T - 1."""
@@ -125,11 +134,12 @@ class LatentDiffusion(Conditioning, LatentLoops, DDPM):
         """[latents, condition], and on request pictures and reconstructions, and the input of the conditioner.
 
         A trainable conditioner runs in `forward`: until then the condition is its input, unless force_c_encode.
-        bs: only so many images. All maps are [B, C, H, W].
+        bs: only so many images. All maps are [B, C, H, W]. With `cache_latents`, the reconstructions stand for the
+        pictures.
         """
         batch = batch if bs is None else {key: v[:bs] for key, v in batch.items()}
-        x = super().get_input(batch, k)
-        z = self.get_first_stage_encoding(self.encode_first_stage(x)).detach()
+        x = None if LATENTS in batch else super().get_input(batch, k)
+        z = self.latents_of(batch).detach()
         if z.ndim != 4 or z.shape[1] != self.channels:
             raise UserError(
                 f"the first stage makes latents {list(z.shape[1:])}, expected [{self.channels}, h, w]: "
@@ -145,7 +155,8 @@ class LatentDiffusion(Conditioning, LatentLoops, DDPM):
                 c = {"input": xc, "maps": maps}
         out = [z, c]
         if return_first_stage_outputs:
-            out += [x, self.decode_first_stage(z)]
+            reconstruction = self.decode_first_stage(z)
+            out += [reconstruction if x is None else x, reconstruction]
         return [*out, xc] if return_original_cond else out
 
     # --- training -----------------------------------------------------------------------------------------------------
