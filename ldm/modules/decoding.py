@@ -42,7 +42,7 @@ def filter_logits(
         least = logits.topk(top_k, -1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p is not None and top_p < 1:
-        values, order = logits.sort(-1, descending=True, stable=True)
+        values, order = torch.sort(logits, dim=-1, descending=True, stable=True)
         p = values.softmax(-1, dtype=torch.float64)
         enough = p.cumsum(-1) - p >= top_p  # those before it reach p already
         logits = logits.masked_fill(torch.zeros_like(enough).scatter(-1, order, enough), -torch.inf)
