@@ -62,6 +62,8 @@ def load_run(path: str | Path) -> tuple[Any, dict[str, Any]]:
     content = checkpoint.read(file)
     config = run_config(run, content)
     model = build_model(config["model"], checkpoint.state_dict_of(content, file), file)
+    if hasattr(model, "on_load_checkpoint"):  # what the recipe keeps beside its weights
+        model.on_load_checkpoint(content)
     model.class_names = content.get("class_names") or config.get("class_names")
     info = {"run": str(run), "checkpoint": str(file), "sha256": digest(file), "config": config}
     return model, info

@@ -103,23 +103,19 @@ def generate(
     Raises:
         ValueError: sequence over the position table, empty prefix, or filters that make no sense.
     """
-    stop = model.vocab_size if last is None else last
-    check_filters(stop - first, temperature, top_k, top_p)
+    check_filters((model.vocab_size if last is None else last) - first, temperature, top_k, top_p)
     B, T = prefix.shape
     if T == 0:
         raise ValueError("prefix: got no tokens, expected at least one to start from")
     given = prefix.new_zeros(B, 0) if primed is None else primed[:, :steps]
     tokens = torch.cat([given, given.new_zeros(B, steps - given.shape[1])], 1)
-    if given.shape[1] == steps:
-        return tokens
     guided = uncond is not None and scale != 1.0
     new = torch.cat([prefix, given + first], 1)
     if guided:
         new = torch.cat([new, torch.cat([uncond, given + first], 1)])
     cache = Cache(model, len(new), T + steps - 1)
     for i in range(given.shape[1], steps):
-        features = model.features(new, cache=cache, image_start=image_start)[:, -1]
-        logits = model.logits(features, first, last)
+        logits = model.logits(model.features(new, cache=cache, image_start=image_start)[:, -1], first, last)
         if guided:
             c, n = logits.chunk(2)
             logits = n + scale * (c - n)

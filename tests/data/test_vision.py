@@ -177,3 +177,19 @@ def test_wrong_settings(tmp_path):
         vision.CIFAR10("val", data_root=str(tmp_path))
     with pytest.raises(UserError, match="val_fraction must be in"):
         vision.CIFAR10("validation", val_fraction=0.0, data_root=str(tmp_path))
+
+
+def test_the_toy_data_module_of_generative_models(tmp_path):
+    mnist_files(tmp_path / "MNIST" / "raw")
+    data = vision.MNISTLoader(8, num_workers=1, prefetch_factor=3, data_root=str(tmp_path))
+    data.setup("fit")
+    train, held = data.train_dataloader(), data.val_dataloader()
+    assert len(train.dataset) == 60 and len(held.dataset) == 20 and train.prefetch_factor == 3
+    batch = next(iter(vision.MNISTLoader(8, data_root=str(tmp_path)).train_dataloader()))
+    assert set(batch) == {"jpg", "cls"} and batch["jpg"].shape == (8, 28, 28, 1)
+    assert batch["jpg"].dtype == torch.float32 and batch["jpg"].abs().max() <= 1 and batch["cls"].dtype == torch.int64
+    orders = []
+    for shuffle in (False, True):
+        loader = vision.MNISTLoader(60, data_root=str(tmp_path), shuffle=shuffle).train_dataloader()
+        orders.append(next(iter(loader))["cls"])
+    assert torch.equal(orders[0], torch.arange(60) % 10) and not torch.equal(*orders)

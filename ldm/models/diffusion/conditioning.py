@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from ldm.families import for_recipe
 from ldm.models.base import BaseModel
 from ldm.models.diffusion import general
 from ldm.models.diffusion.first_stage import LATENTS, FirstStage
@@ -21,6 +23,8 @@ from ldm.modules.prompts import TextEmbedder
 from ldm.util import UserError, instantiate_from_config
 
 FIRST_STAGE, UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__"
+# the convolution that sees the latents and the maps beside them, and its average
+FIRST_WEIGHTS = ("model.diffusion_model.input_blocks.0.0.weight", "model_ema.diffusion_modelinput_blocks00weight")
 IMAGENET_AND_NULL = 1001  # rows of the class table of cin256-v2, the last one null
 
 
@@ -34,6 +38,7 @@ class Conditioning(GeneralConditions, FirstStage):
     image_size: int | Sequence[int]
     shorten_cond_schedule: bool
     concat_keys: Sequence[str]  # maps of the batch that go to the input's channels, in this order
+    widen_input: bool  # input channels that a checkpoint lacks start at zero
     masked_image_key: str  # the one of them that is a picture and is encoded; the others are resized
 
     def init_cond_stage(self, config: Mapping[str, Any] | str, num_classes: int | None) -> None:
@@ -49,6 +54,8 @@ class Conditioning(GeneralConditions, FirstStage):
                 params = self.class_config(config.get("params") or {}, num_classes, "n_classes")
                 config = {**config, "params": params}
             self.cond_stage_model = instantiate_from_config(config)
+            if "ckpt_path" in (config.get("params") or {}):
+                self.filled_stages.add("cond_stage_model")
             if not self.cond_stage_trainable:
                 self.cond_stage_model.eval().requires_grad_(False)
         if isinstance(self.cond_stage_model, ClassEmbedder):
@@ -81,6 +88,25 @@ class Conditioning(GeneralConditions, FirstStage):
         for name in ("first_stage_model", "cond_stage_model"):
             found += [f"{name}.{key}" for key in getattr(getattr(self, name), "tolerated_keys", ())]
         return tuple(found)
+
+    def adapt_state(self, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors under this recipe's names `own`: generative-models has others. See also `widen_input`."""
+        state = for_recipe(state, own)
+        for key in FIRST_WEIGHTS if self.widen_input else ():
+            if key in state and key in own and (more := own[key].shape[1] - state[key].shape[1]) > 0:
+                rank_zero_info(f"{key}: the file has {more} input channels less; they start at zero")
+                state[key] = F.pad(state[key], (0, 0, 0, 0, 0, more))
+        return state
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        for name in ("first_stage_model", "cond_stage_model"):
+            weights = [] if getattr(self, name) is None else list(getattr(self, name).parameters())
+            if weights and name not in self.filled_stages and not any(p.requires_grad for p in weights):
+                rank_zero_info(
+                    f"warning: {name} is not trained and has random weights, for nothing was loaded into it: give a "
+                    "checkpoint that holds it (model.params.ckpt_path or --init-from)"
+                )
 
     # --- from a batch -------------------------------------------------------------------------------------------------
 

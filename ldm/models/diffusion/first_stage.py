@@ -51,8 +51,12 @@ class FirstStage(BaseModel):
             self.register_buffer("scale_factor", torch.tensor(1.0))  # 1 = not measured yet
         else:
             self.scale_factor = scale_factor
+        self.filled_stages: set[str] = set()  # those of the two stages whose weights are not random
         model = self.first_stage_of_run(config) if isinstance(config, str) else self.instantiate_first_stage(config)
         self.first_stage_model = model.eval().requires_grad_(False)
+        if isinstance(config, str) or "ckpt_path" in (config.get("params") or {}):
+            self.filled_stages.add("first_stage_model")
+        self.register_load_state_dict_post_hook(_weights_came)
 
     def first_stage_of_run(self, path: str) -> nn.Module:
         """The first stage of a run directory or checkpoint, with averaged weights where there are some."""
@@ -79,7 +83,6 @@ class FirstStage(BaseModel):
         if path is not None and not Path(path).is_file():
             self.missing_weights = path
             params["ckpt_path"] = None
-            self.register_load_state_dict_post_hook(_weights_came)
         return instantiate_from_config({**config, "params": params})
 
     # --- pictures and latents -----------------------------------------------------------------------------------------
@@ -227,5 +230,8 @@ def dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
 
 
 def _weights_came(module: FirstStage, incompatible: Any) -> None:
-    if not any(k.startswith("first_stage_model.") for k in incompatible.missing_keys):
-        module.missing_weights = None
+    for name in ("first_stage_model", "cond_stage_model"):
+        if not any(k.startswith(f"{name}.") for k in incompatible.missing_keys):
+            module.filled_stages.add(name)
+            if name == "first_stage_model":
+                module.missing_weights = None

@@ -37,6 +37,8 @@ class LatentDiffusion(Conditioning, LatentLoops, DDPM):
         scale_by_std: the official rule: measured on the first batch.
         concat_keys: maps of the batch that go to the network's input channels in this order, beside the condition
             (hybrid) or after it (concat): masks are resized, `masked_image_key` is encoded.
+        widen_input: input channels that a checkpoint lacks start at zero, so that a model without concat_keys can be
+            trained on into one with them.
         cache_latents: folder where the latents of the training and validation pictures (and of their mirror images,
             with flip_p) are kept: encoded once, before the first step. Refused with other augmentations.
         num_classes, cond_dropout: as for DDPM; the null class is one row more in the class embedder, the null text
@@ -60,6 +62,7 @@ class LatentDiffusion(Conditioning, LatentLoops, DDPM):
         concat_keys: Sequence[str] = (),
         masked_image_key: str = "masked_image",
         num_classes: int | None = None,
+        widen_input: bool = False,
         cache_latents: str | None = None,
         **ddpm: Any,
     ) -> None:
@@ -77,7 +80,7 @@ class LatentDiffusion(Conditioning, LatentLoops, DDPM):
         self.concat_mode, self.cond_stage_key = concat_mode, cond_stage_key
         self.cond_stage_trainable, self.cond_stage_forward = cond_stage_trainable, cond_stage_forward
         self.concat_keys, self.masked_image_key = tuple(concat_keys), masked_image_key
-        self.cache_latents = cache_latents
+        self.cache_latents, self.widen_input = cache_latents, widen_input
         self._check_condition()
         self._init_cond_schedule(num_timesteps_cond or 1)
         self.init_first_stage(first_stage_config, scale_factor, scale_by_std)
