@@ -1,6 +1,6 @@
 """Cold start to PNG: scripts/txt2img.py and the same job as a diffusers script, full-size random Stable Diffusion v1.
 
-python benchmarks/txt2img.py --work /tmp/sd          (needs: pip install diffusers transformers accelerate; 9 GB of disk)
+python benchmarks/txt2img.py --work /tmp/sd      (needs: pip install diffusers transformers accelerate; 9 GB of disk)
 
 256x256, 10 DDIM steps, guidance, fp32. Each side is a process of its own and starts from a .safetensors file; both read
 the same weights, in the official layout and in diffusers'. --keep leaves the files for the next time.

@@ -291,13 +291,16 @@ READ_AHEAD = 2**27  # bytes of a mapped file that may be resident beside the ten
 class NoWeights(TorchFunctionMode):
     """Modules built inside it have parameters without memory (on the meta device); buffers are real.
 
-    Layers make their parameters by `torch.empty` and initialise them, which costs nothing on the meta device. `adopt`
-    fills them.
+    Layers make their parameters by `torch.empty` and then initialise them in place. `adopt` fills them.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        return func(*args, **{**kwargs, "device": "meta"} if func is torch.empty else kwargs)
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if func is torch.empty:
+            return func(*args, **{**kwargs, "device": "meta"})
+        if name.endswith("_") and not name.endswith("__") and args and getattr(args[0], "is_meta", False):
+            return args[0]  # torch would import its compiler to find out what normal_ does to no memory
+        return func(*args, **kwargs)
 
 
 def adopt(
@@ -334,9 +337,9 @@ def forget_pages(path: str | Path) -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         mapped = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
-        madvise, dont_need = ctypes.CDLL(None).madvise, 4
+        madvise, dont_need, mine = ctypes.CDLL(None).madvise, 4, os.path.realpath(path)
         for address, *_, name in (row for row in mapped if len(row) == 6):
-            if name == os.path.realpath(path):
+            if name == mine:
                 start, end = (int(a, 16) for a in address.split("-"))
                 madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), dont_need)
 
