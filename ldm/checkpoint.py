@@ -226,8 +226,8 @@ def fit(
         UserError: missing, unexpected or misshapen keys, with counts and the first five names of each.
     """
     own = module.state_dict()
-    if hasattr(module, "adapt_state"):  # a recipe knows other projects' names of its tensors
-        state = module.adapt_state(state, own)
+    if hasattr(module, "rename_state"):  # a recipe knows other projects' names of its tensors
+        state = module.rename_state(state, own)
     tolerated = tuple(allow) + tuple(getattr(module, "tolerated_keys", ()))
     problems = {
         "missing": [k for k in own if k not in state],

@@ -89,7 +89,7 @@ class Conditioning(GeneralConditions, FirstStage):
             found += [f"{name}.{key}" for key in getattr(getattr(self, name), "tolerated_keys", ())]
         return tuple(found)
 
-    def adapt_state(self, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def rename_state(self, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A file's tensors under this recipe's names `own`: generative-models has others. See also `widen_input`."""
         state = for_recipe(state, own)
         for key in FIRST_WEIGHTS if self.widen_input else ():
