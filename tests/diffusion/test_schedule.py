@@ -195,3 +195,8 @@ def test_slice_for_image_to_image() -> None:
 def test_errors(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_official_is_the_name_of_the_uniform_grid():
+    path = VPPath(torch.linspace(0.999, 0.001, 1000))
+    assert torch.equal(make_grid("official", path, 50), make_grid("uniform", path, 50))
