@@ -298,8 +298,9 @@ class NoWeights(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if func is torch.empty:
             return func(*args, **{**kwargs, "device": "meta"})
-        if name.endswith("_") and not name.endswith("__") and args and getattr(args[0], "is_meta", False):
-            return args[0]  # torch would import its compiler to find out what normal_ does to no memory
+        subject = args[0] if args else kwargs.get("tensor")
+        if name.endswith("_") and not name.endswith("__") and getattr(subject, "is_meta", False):
+            return subject  # torch would import its compiler to find out what normal_ does to no memory
         return func(*args, **kwargs)
 
 

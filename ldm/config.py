@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ldm.util import ConfigError, UserError, suggest
 
@@ -166,7 +166,11 @@ def mappings(config: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, 
 def resolve(merged: Merged, node: DictConfig, key: str) -> dict[str, Any]:
     """A config node as plain dicts and lists, interpolations filled in."""
     try:
-        return OmegaConf.to_container(node, resolve=True)
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as e:
+        full = e.full_key or key
+        short = next((f" (or {s}=...)" for s, long in ALIASES.items() if long == full), "")
+        raise UserError(f"{full} has no value yet: give {full}=...{short} [in {merged.where(full)}]") from e
     except OmegaConfBaseException as e:
         full = e.full_key or key
         raise UserError(f"{full}: {str(e).splitlines()[0]} [in {merged.where(full)}]") from e

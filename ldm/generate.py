@@ -49,11 +49,14 @@ def without_weights(node: Any) -> Any:
     return [without_weights(v) for v in node] if isinstance(node, list) else node
 
 
-def load_run(path: str | Path) -> tuple[Any, dict[str, Any]]:
+def load_run(path: str | Path, dotlist: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
     """Builds and fills the model of a run directory or checkpoint file.
 
+    Args:
+        dotlist: `key.path=value` changes of the config.
+
     Returns:
-        (model in eval mode, {"run", "checkpoint", "sha256", "config"}).
+        (model in eval mode, {"run", "checkpoint", "sha256", "config", "global_step"}).
 
     Raises:
         UserError: no run, no config, or weights that do not fit.
@@ -61,11 +64,14 @@ def load_run(path: str | Path) -> tuple[Any, dict[str, Any]]:
     run, file = checkpoint.find_run(path)
     content = checkpoint.read(file)
     config = run_config(run, content)
+    if dotlist:
+        config = OmegaConf.to_container(OmegaConf.merge(config, OmegaConf.from_dotlist(list(dotlist))), resolve=True)
     model = build_model(config["model"], checkpoint.state_dict_of(content, file), file)
     if hasattr(model, "on_load_checkpoint"):  # what the recipe keeps beside its weights
         model.on_load_checkpoint(content)
     model.class_names = content.get("class_names") or config.get("class_names")
     info = {"run": str(run), "checkpoint": str(file), "sha256": digest(file), "config": config}
+    info["global_step"] = int(content.get("global_step") or 0)
     return model, info
 
 
@@ -138,18 +144,31 @@ def knobs_of(model: Any) -> dict[str, inspect.Parameter]:
 
 
 def check_knobs(model: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The given knobs that are not None.
+    """The given knobs of `model.sample` that are not None.
 
     Raises:
         UserError: a knob this model does not have.
     """
-    known = knobs_of(model)
+    return split_knobs(model, given, sampling_only=True)[0]
+
+
+def split_knobs(
+    model: Any, given: dict[str, Any], sampling_only: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(knobs for `model.sample`, further arguments for `model.condition`) of those given that are not None.
+
+    Raises:
+        UserError: a knob this model does not have.
+    """
+    known, condition = knobs_of(model), {} if sampling_only else inspect.signature(model.condition).parameters
+    options = {k: p for k, p in condition.items() if k not in ("seeds", "classes", "prompts", "negative_prompt")}
     chosen = {k: v for k, v in given.items() if v is not None}
     for name in chosen:
-        if name not in known:
-            has = ", ".join(known) or "no knobs"
-            raise UserError(f"--{name.replace('_', '-')}: {type(model).__name__} has {has}{suggest(name, known)}")
-    return chosen
+        if name not in known and name not in options:
+            has = ", ".join({**known, **options}) or "no knobs"
+            hint = suggest(name, {**known, **options})
+            raise UserError(f"--{name.replace('_', '-')}: {type(model).__name__} has {has}{hint}")
+    return {k: v for k, v in chosen.items() if k in known}, {k: v for k, v in chosen.items() if k in options}
 
 
 def class_index(model: Any, name: str) -> int:
@@ -210,7 +229,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """What else decides the last bits of a picture."""
-    return {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    return {"torch": str(torch.__version__), "python": platform.python_version(), "machine": platform.machine()}
 
 
 def pictures(x: Tensor, source: str) -> list[Image.Image]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,11 +70,19 @@ class Painter:
         knobs: how to sample.
         negative: the prompt that guidance leads away from.
         precision: a row of PRECISIONS; that of the weights.
+        full: gives the model in full precision, from the file: weights may have overflowed too. None = as it is.
         say: takes a line for the user.
     """
 
     def __init__(
-        self, model: Any, knobs: Knobs, negative: str | None = None, precision: str = "fp32", say: Say = lambda _: None
+        self,
+        model: Any,
+        knobs: Knobs,
+        negative: str | None = None,
+        precision: str = "fp32",
+        *,
+        full: Callable[[], Any] | None = None,
+        say: Say = lambda _: None,
     ) -> None:
         if knobs.sampler not in SAMPLER_NAMES:
             known = ", ".join(SAMPLER_NAMES)
@@ -81,7 +90,7 @@ class Painter:
                 f"--sampler {knobs.sampler}{suggest(knobs.sampler, SAMPLER_NAMES)}: expected one of {known}"
             )
         self.model, self.knobs, self.negative, self.precision, self.say = model, knobs, negative, precision, say
-        self._texts: dict[Any, Any] = {}
+        self._full, self._texts = full, {}
 
     @property
     def multiple(self) -> int:
@@ -153,8 +162,12 @@ class Painter:
 
     def _to_full_precision(self) -> None:
         self.precision = "fp32"
-        self.model.float()
         self._texts.clear()
+        if self._full is None:
+            self.model.float()
+            return
+        self.model = None  # two of them may not fit
+        self.model = self._full()
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.precision == "autocast" and self.device.type == "cuda":
@@ -174,7 +187,8 @@ class Painter:
             text = {"prompts": prompts if any(prompts) else None, "negative_prompt": self.negative}
             if len(self._texts) > 16:
                 self._texts.clear()
-            self._texts[tuple(prompts)] = self.model.condition(seeds, **text, **options)
+            with quiet("ldm.modules.prompts"):  # `report_cuts` says it once
+                self._texts[tuple(prompts)] = self.model.condition(seeds, **text, **options)
         return dict(self._texts[tuple(prompts)] or {})
 
     def _condition(self, batch: Batch, start: Start | None) -> dict[str, Any]:
@@ -294,6 +308,18 @@ class Painter:
             unconditional_guidance_scale=scale, unconditional_conditioning=uncond,
         )  # fmt: skip
         return z
+
+
+@contextlib.contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """No warnings of this logger inside."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def to_bytes(x: Tensor) -> np.ndarray:

@@ -249,7 +249,11 @@ def inline_first_stage(config: dict[str, Any]) -> None:
         from ldm.generate import run_config, without_weights
 
         run, file = checkpoint.find_run(path)
-        params["first_stage_config"] = without_weights(run_config(run, checkpoint.read(file))["model"])
+        first = without_weights(run_config(run, checkpoint.read(file))["model"])
+        own = first.get("params") or {}
+        own |= {"lossconfig": {"target": "torch.nn.Identity"}} if "lossconfig" in own else {}
+        own |= {"use_ema": False} if "use_ema" in own else {}  # the averaged weights are the weights now
+        params["first_stage_config"] = {"target": first["target"], "params": own}
 
 
 def set_learning_rate(run: Run, model: pl.LightningModule, config: dict[str, Any], trainer: pl.Trainer) -> None:

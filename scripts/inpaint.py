@@ -120,4 +120,4 @@ def repaint_one(
 
 
 if __name__ == "__main__":
-    sys.exit(common.main(build_parser(), run, common.PAINT_KNOBS))
+    sys.exit(common.paint_main(build_parser(), run))

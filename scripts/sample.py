@@ -2,6 +2,7 @@
 
 python scripts/sample.py -r logs/<run> -n 16
 python scripts/sample.py -r logs/<run> -n 4 --class 7 --scale 3 --steps 50 --sampler ddim --seed 1
+python scripts/sample.py -r models/ldm/bsr_sr --cond-from small_pictures
 python scripts/sample.py --like outputs/samples/00000.png
 """
 
@@ -27,6 +28,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--class", dest="class_label", default=None, help="class by number or name (default: all in turn)")
     add("--prompt", default=None, help="text, for text-to-image models")
     add("--negative-prompt", default=None, help="what the picture should not show")
+    add(
+        "--cond-from",
+        metavar="FOLDER",
+        default=None,
+        help="pictures to condition on, for models of super-resolution, label maps or inpainting (x.png with "
+        "x_mask.png); `data`: the run's validation data. Picture i goes with file i",
+    )
     add("--scale", type=float, default=None, help="classifier-free guidance scale (1: off)")
     add("--steps", type=int, default=None, help="sampler steps, 1..1000")
     add("--sampler", default=None, help="ddpm, ddim, plms, euler, heun, dpmpp_2m, unipc, ...")
@@ -51,7 +59,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """The command line over the settings of `--like`."""
     from ldm.generate import read_settings
 
-    keys = ("run", "class_label", "prompt", "negative_prompt", "weights", "seed", "n_samples")
+    keys = ("run", "class_label", "prompt", "negative_prompt", "cond_from", "weights", "seed", "n_samples")
     old = read_settings(args.like) if args.like else {}
     if args.like:
         old["n_samples"] = 1
@@ -60,6 +68,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     knobs |= common.parse_settings(args.set)
     settings["knobs"] = {**old.get("knobs", {}), **{k: v for k, v in knobs.items() if v is not None}}
     settings["sha256"] = old.get("sha256") if not args.run else None
+    settings["cond_index"] = old.get("cond_index", 0)
     return settings
 
 
@@ -70,30 +79,35 @@ def draw(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     if not settings["run"]:
         raise UserError("which run? give -r logs/<run> (or --like picture.png)")
-    count = 16 if settings["n_samples"] is None else settings["n_samples"]
-    if count < 1:
-        raise UserError(f"-n {count}: expected at least 1")
     first = settings["seed"] or 0
     model, info = generate.load_run(settings["run"])
+    maps = Maps(model, info, settings) if settings["cond_from"] else None
+    count = (len(maps) if maps else 16) if settings["n_samples"] is None else settings["n_samples"]
+    if count < 1:
+        raise UserError(f"-n {count}: expected at least 1")
     if settings["sha256"] not in (None, info["sha256"]):
         print(f"note: {info['checkpoint']} has changed since {args.like} was made")
     model.to(generate.pick_device(args.device))
-    knobs = generate.check_knobs(model, settings["knobs"])
+    knobs, options = generate.split_knobs(model, settings["knobs"])
     scope, weights = generate.weights_scope(model, settings["weights"])
     print(f"{info['checkpoint']}, weights: {weights}")
-    record = {**settings, "knobs": knobs, "weights": weights, "sha256": info["sha256"], **generate.versions()}
+    record = {**settings, "weights": weights, "sha256": info["sha256"], **generate.versions()}
     outdir, images = Path(args.outdir), []
     with scope:
-        for seeds in generate.batches(range(first, first + count), args.batch_size):
-            cond = condition(model, settings, seeds)
+        for seeds in generate.batches(range(first, first + count), 1 if maps else args.batch_size):
+            cond = condition(model, settings, seeds, options, maps)
             with common.progress(model, knobs) as callback:
                 x = model.sample(cond, seeds=seeds, **knobs, **callback)
             images.append(x.float().cpu())
             for seed, picture in zip(seeds, generate.pictures(x, info["checkpoint"]), strict=True):
                 path = common.free_name(outdir, seed)
-                generate.save_png(picture, path, {**record, "seed": seed, "n_samples": 1})
+                more = {"cond_index": maps.index(seed)} if maps else {}
+                generate.save_png(picture, path, {**record, "seed": seed, "n_samples": 1, **more})
     import torch
 
+    if len({x.shape[1:] for x in images}) > 1:
+        print(f"{count} pictures in {outdir}")
+        return
     grid = image_grid(torch.cat(images), nrow=max(1, round(count**0.5)))
     path = common.free_name(outdir, None)
     generate.save_png(
@@ -102,16 +116,40 @@ def draw(args: argparse.Namespace) -> None:
     print(f"{count} pictures in {outdir}, together in {path}")
 
 
-def condition(model: Any, settings: dict[str, Any], seeds: list[int]) -> Any:
+def condition(
+    model: Any, settings: dict[str, Any], seeds: list[int], options: dict[str, Any], maps: Maps | None
+) -> Any:
     from ldm.generate import class_index
 
     label, prompt = settings["class_label"], settings["prompt"]
-    return model.condition(
-        seeds,
-        classes=None if label is None else [class_index(model, str(label))] * len(seeds),
-        prompts=None if prompt is None else [prompt] * len(seeds),
-        negative_prompt=settings["negative_prompt"],
-    )
+    request = {
+        "classes": None if label is None else [class_index(model, str(label))] * len(seeds),
+        "prompts": None if prompt is None else [prompt] * len(seeds),
+        "negative_prompt": settings["negative_prompt"],
+        **options,
+    }
+    return model.condition(seeds, **request) if maps is None else maps.condition(model, seeds, request)
+
+
+class Maps:
+    """The pictures of `--cond-from`: picture i goes with file i, and after the last file with the first one again."""
+
+    def __init__(self, model: Any, info: dict[str, Any], settings: dict[str, Any]) -> None:
+        from ldm import conditions
+
+        self.count, self.get = conditions.samples_of(model, info["config"], settings["cond_from"])
+        self.first, self.start = settings["seed"] or 0, settings["cond_index"]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def index(self, seed: int) -> int:
+        return (self.start + seed - self.first) % self.count
+
+    def condition(self, model: Any, seeds: list[int], request: dict[str, Any]) -> Any:
+        from ldm import conditions
+
+        return conditions.condition_from(model, [self.get(self.index(s)) for s in seeds], seeds, request)
 
 
 if __name__ == "__main__":

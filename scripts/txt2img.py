@@ -72,4 +72,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(common.main(build_parser(), run, common.PAINT_KNOBS))
+    sys.exit(common.paint_main(build_parser(), run))

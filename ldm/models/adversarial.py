@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ldm.models.base import BaseModel
+from ldm.models.framework import rank_zero_info
 
 Losses = tuple[Tensor, dict[str, Tensor]]
 
@@ -65,6 +64,8 @@ class AdversarialModel(BaseModel):
 
     def configure_callbacks(self) -> list[Any]:
         """Lightning calls this just before it would refuse the two Trainer settings below."""
+        from lightning.pytorch.strategies import DDPStrategy
+
         trainer = self.trainer
         if isinstance(trainer.strategy, DDPStrategy):  # one network at a time is all that a backward pass ever uses
             trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)

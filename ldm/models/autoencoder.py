@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from ldm.models.adversarial import Losses
 from ldm.models.base import Config
 from ldm.models.first_stage import AutoencoderBase, unprefixed
+from ldm.models.framework import rank_zero_warn
 from ldm.modules.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses import measure_perplexity
 from ldm.modules.quantize import VectorQuantizer2

@@ -6,18 +6,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from ldm.models.framework import Module, rank_zero_info
 from ldm.modules.ema import LitEma
 from ldm.util import UserError, get_obj_from_str, instantiate_from_config
 
 Config = dict[str, Any]
 
 
-class BaseModel(pl.LightningModule):
+class BaseModel(Module):
     """A recipe. Subclasses write `loss` and `log_images`, generative ones also `sample` and `condition`.
 
     Args:

@@ -85,9 +85,15 @@ class LitEma(nn.Module):
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
         """One step: shadow += (1 - decay) * (parameter - shadow)."""
-        params, shadows = self._pairs(model)
-        values = [p.to(s.dtype) for p, s in zip(params, shadows, strict=True)]
-        torch._foreach_lerp_(shadows, values, 1.0 - self._next_decay())
+        weight = 1.0 - self._next_decay()
+        alike: list[tuple[Tensor, Tensor]] = []
+        for p, s in zip(*self._pairs(model), strict=True):
+            if p.dtype == s.dtype and p.device == s.device:
+                alike.append((s, p))
+            else:
+                s.lerp_(p.to(s), weight)  # one at a time: never a second full-precision copy of the model
+        if alike:
+            torch._foreach_lerp_([s for s, _ in alike], [p for _, p in alike], weight)
 
     def reset_num_updates(self) -> None:
         """Starts the warm-up again."""
@@ -123,7 +129,7 @@ class LitEma(nn.Module):
         raw = [p.data for p in params]
         try:
             for p, s in zip(params, shadows, strict=True):
-                p.data = s.to(p.dtype)
+                p.data = s.to(p)
             yield
         finally:
             for p, r in zip(params, raw, strict=True):

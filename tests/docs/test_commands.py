@@ -154,11 +154,15 @@ def _substitute(word, before, things, place):
 
 
 def run_script(name, argv):
-    """Exit code of scripts/<name>, run in this process as `python scripts/<name>` runs it."""
+    """Exit code of scripts/<name>, run in this process as `python scripts/<name>` runs it, if it does not ask for one
+    of its own."""
+    path = ROOT / "scripts" / name
+    if "paint_main" in path.read_text(encoding="utf-8"):
+        return subprocess.run([sys.executable, str(path), *map(str, argv)]).returncode
     before = sys.argv, list(sys.path)
     sys.argv = [name, *map(str, argv)]
     try:
-        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        runpy.run_path(str(path), run_name="__main__")
     except SystemExit as e:
         return e.code or 0
     finally:

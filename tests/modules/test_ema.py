@@ -112,6 +112,19 @@ def test_a_half_precision_model_still_moves_the_average(dtype):
     assert model[0].weight.dtype == dtype
 
 
+def test_a_model_of_two_dtypes():
+    model = nn.Sequential(nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2))
+    ema = LitEma(model, decay=0.5, use_num_upates=False)
+    start = {k: v.clone() for k, v in ema.named_buffers()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    ema(model)
+    for name, p in model.named_parameters():
+        key = name.replace(".", "")
+        torch.testing.assert_close(ema.get_buffer(key), start[key].lerp(p.float(), 0.5))
+
+
 def test_the_shadow_ignores_half():
     model = net()
     holder = nn.ModuleDict({"model": model, "ema": LitEma(model)}).half()

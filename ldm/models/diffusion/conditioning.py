@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ldm.families import for_recipe
@@ -17,6 +16,7 @@ from ldm.models.diffusion import general
 from ldm.models.diffusion.first_stage import LATENTS, FirstStage
 from ldm.models.diffusion.general import GeneralConditions, one_each
 from ldm.models.diffusion.wrapper import joined
+from ldm.models.framework import rank_zero_info
 from ldm.modules.conditioners import ClassEmbedder, GeneralConditioner
 from ldm.modules.distributions import DiagonalGaussianDistribution
 from ldm.modules.prompts import TextEmbedder
@@ -153,12 +153,17 @@ class Conditioning(GeneralConditions, FirstStage):
         return out.mode() if isinstance(out, DiagonalGaussianDistribution) else out
 
     def concat_maps(self, batch: Mapping[str, Any], size: Sequence[int]) -> list[Tensor]:
-        """The maps that `concat_keys` names, each [B, c, *size]: pictures encoded, masks resized (nearest)."""
+        """The maps that `concat_keys` names, each [B, c, *size]: pictures encoded, masks resized (nearest).
+
+        The latents are a sample of the posterior in training, otherwise its mode: a picture depends on its seed alone.
+        """
         maps = []
         for key in self.concat_keys:
             x = BaseModel.get_input(self, batch, key)
             if key == self.masked_image_key:
-                maps.append(self.get_first_stage_encoding(self.encode_first_stage(x)))
+                z = self.encode_first_stage(x)
+                z = z.mode() if isinstance(z, DiagonalGaussianDistribution) and not self.training else z
+                maps.append(self.get_first_stage_encoding(z))
             else:
                 maps.append(F.interpolate(x, size=tuple(size)))
         return maps
@@ -176,15 +181,26 @@ class Conditioning(GeneralConditions, FirstStage):
         """The condition of a batch in the form that `sample` takes; the image itself is not needed for it."""
         if self.conditioning_key is None:
             return None
+        return self.as_condition(self.with_maps(self._embedded(batch), self._latent_maps(batch)))
+
+    @torch.no_grad()
+    def map_condition(self, batch: Mapping[str, Any]) -> Tensor:
+        """The part of `get_cond` that goes to the network's input channels, [B, c, h, w]; needs no text."""
+        maps = self._latent_maps(batch)
+        return torch.cat(maps if self.conditioning_key == "hybrid" else [self._embedded(batch), *maps], dim=1)
+
+    def _embedded(self, batch: Mapping[str, Any]) -> Any:
         image = self.first_stage_key
         x = BaseModel.get_input(self, batch, image) if self.cond_stage_key == image else None
-        maps = []
-        if self.concat_keys:
-            picture = self.masked_image_key if self.masked_image_key in self.concat_keys else self.concat_keys[0]
-            height, width = self.value_of(batch, picture).shape[1:3]
-            maps = self.concat_maps(batch, (height // self.downsampling, width // self.downsampling))
-        c = self.get_learned_conditioning(self.condition_input(batch, x, self.cond_stage_key))
-        return self.as_condition(self.with_maps(c, maps))
+        return self.get_learned_conditioning(self.condition_input(batch, x, self.cond_stage_key))
+
+    def _latent_maps(self, batch: Mapping[str, Any]) -> list[Tensor]:
+        """The maps of `concat_keys` in the size of the latents, which the picture among them tells."""
+        if not self.concat_keys:
+            return []
+        picture = self.masked_image_key if self.masked_image_key in self.concat_keys else self.concat_keys[0]
+        height, width = self.value_of(batch, picture).shape[1:3]
+        return self.concat_maps(batch, (height // self.downsampling, width // self.downsampling))
 
     def as_condition(self, cond: Any) -> dict[str, Tensor]:
         """Any official form of a condition (tensor, list, dict of lists) -> {c_concat, c_crossattn, y}."""

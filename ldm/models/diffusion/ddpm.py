@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ldm import checkpoint
@@ -20,6 +19,7 @@ from ldm.models.diffusion.pictures import Recorder, class_pictures, noising, row
 from ldm.models.diffusion.sampling import Callback, Condition
 from ldm.models.diffusion.tables import TabledDiffusion, after_loading, ancestral, noise_like
 from ldm.models.diffusion.wrapper import DiffusionWrapper
+from ldm.models.framework import rank_zero_info
 from ldm.util import UserError, suggest
 
 if TYPE_CHECKING:

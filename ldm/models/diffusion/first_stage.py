@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ldm.models.autoencoder import VQModel, VQModelInterface
 from ldm.models.base import BaseModel
+from ldm.models.framework import rank_zero_info
 from ldm.modules.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, instantiate_from_config
 
@@ -147,7 +147,7 @@ class FirstStage(BaseModel):
         """A batch's scaled latents [B, c, h, w], float32: its pictures encoded, or from `cache_latents`."""
         if LATENTS not in batch:
             return self.get_first_stage_encoding(self.posterior(self.pictures_of(batch)))
-        z = batch[LATENTS]
+        z = batch[LATENTS].contiguous(memory_format=torch.channels_last)  # as the first stage gives them
         gaussian = z.shape[1] == 2 * self.channels
         return self.get_first_stage_encoding(DiagonalGaussianDistribution(z) if gaussian else z)
 
@@ -182,9 +182,7 @@ class FirstStage(BaseModel):
         sha = hashlib.sha256()
         for name, value in self.first_stage_model.state_dict().items():
             sha.update(name.encode())
-            sha.update(
-                value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else repr(value).encode()
-            )
+            sha.update(value.detach().cpu().float().numpy().tobytes())
         return sha.hexdigest()
 
     # --- the scale of the latents -------------------------------------------------------------------------------------

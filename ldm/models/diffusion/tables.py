@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import Denoiser, to_x0
@@ -21,6 +20,7 @@ from ldm.diffusion.schedule import (
     rescale_betas_zero_snr,
 )
 from ldm.models.diffusion.sampling import SeededSampling
+from ldm.models.framework import rank_zero_info
 
 
 def at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,409 @@
+import json
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ldm import checkpoint
+from ldm.data.datamodule import DataModuleFromConfig
+from ldm.models.autoregressive import DALLE, CogView, ImageGPT
+from ldm.models.net2net import Net2NetTransformer
+from ldm.models.vqgan import VQNoDiscModel
+from ldm.util import UserError, instantiate_from_config
+from tests.reference import FIXTURES
+
+TREES = json.loads((FIXTURES.parent / "official_configs.json").read_text())
+OFFICIAL = [p for p in TREES if p.startswith("taming/") and "transformer" in p]
+PIXELS = {"target": "ldm.modules.codebooks.PixelCodes", "params": {"size": 4, "levels": 4}}
+TINY = {"params": {"n_layer": 2, "n_head": 2, "n_embd": 32}}
+VQ = {
+    "target": "taming.models.vqgan.VQModel",
+    "params": {
+        "embed_dim": 4,
+        "n_embed": 16,
+        "ddconfig": {
+            "double_z": False, "z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32,
+            "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
+        },
+        "lossconfig": {"target": "taming.modules.losses.DummyLoss"},
+    },
+}  # fmt: skip
+COORD = {"target": "taming.modules.misc.coord.CoordStage", "params": {"n_embed": 16, "down_factor": 2}}
+WORDS = ["left", "right", "top", "bottom"]
+
+
+def halves():
+    """Four pictures of 4x4, a bright half each, and what they show: [4, 4, 4, 1] in [-1, 1]."""
+    x = -torch.ones(4, 4, 4, 1)
+    x[0, :, :2], x[1, :, 2:], x[2, :2], x[3, 2:] = 1, 1, 1, 1
+    return {"image": x, "caption": [f"bright {w}" for w in WORDS], "class_label": torch.arange(4)}
+
+
+def fit(model, steps, lr=3e-3):
+    model.learning_rate = lr
+    optimizer = model.configure_optimizers()
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        order, batch = torch.randperm(4).tolist(), halves()
+        loss, _ = model.loss(
+            {k: v[order] if isinstance(v, torch.Tensor) else [v[i] for i in order] for k, v in batch.items()}
+        )
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def net2net(**options):
+    params = {"vocab_size": 16, "block_size": 128, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    return Net2NetTransformer(
+        **{
+            "transformer_config": {"target": "taming.modules.transformer.mingpt.GPT", "params": params},
+            "first_stage_config": VQ,
+            "cond_stage_config": COORD,
+            "cond_stage_key": "coord",
+            **options,
+        }
+    )  # fmt: skip
+
+
+def coord_batch(n=2):
+    place = (torch.arange(256) / 256).view(1, 16, 16, 1).expand(n, -1, -1, -1)
+    return {"image": torch.rand(n, 16, 16, 3) * 2 - 1, "coord": place}
+
+
+# --- official configs -------------------------------------------------------------------------------------------------
+
+
+def without_files(node):
+    return {k: without_files(v) for k, v in node.items() if k != "ckpt_path"} if isinstance(node, dict) else node
+
+
+@pytest.mark.parametrize("path", OFFICIAL)
+def test_official_transformers_build_with_the_official_keys(path):
+    config = without_files(TREES[path]["model"])
+    with torch.device("meta"):
+        model = instantiate_from_config(config)
+    params = config["params"]["transformer_config"]["params"]
+    state, n = model.state_dict(), params["n_embd"]
+    own = {k.removeprefix("transformer."): tuple(v.shape) for k, v in state.items() if k.startswith("transformer.")}
+    assert {k.partition(".")[0] for k in state} == {"transformer", "first_stage_model"}
+    assert len(own) == 5 + 17 * params["n_layer"]
+    assert own["tok_emb.weight"] == own["head.weight"] == (params["vocab_size"], n)
+    assert own["pos_emb"] == (1, params["block_size"], n)
+    last = f"blocks.{params['n_layer'] - 1}"
+    assert own[f"{last}.attn.mask"] == (1, 1, params["block_size"], params["block_size"])
+    assert own[f"{last}.attn.query.weight"] == own[f"{last}.attn.proj.weight"] == (n, n)
+    assert own[f"{last}.mlp.2.weight"] == (n, 4 * n)
+    assert model.cond_stage_key == config["params"]["cond_stage_key"] and model.grid == (16, 16)
+
+
+def test_net2net_loads_strictly(tmp_path):
+    one = net2net()
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": one.state_dict()}, path)
+    two = net2net(ckpt_path=str(path))
+    for k, v in one.state_dict().items():
+        assert torch.equal(v, two.state_dict()[k]), k
+    state = one.state_dict()
+    state["first_stage_model.loss.logvar"] = torch.zeros(())  # a first stage may come with its loss
+    checkpoint.load(two, state)
+    del state["transformer.head.weight"]
+    with pytest.raises(UserError, match="1 missing .*transformer.head.weight"):
+        checkpoint.load(two, state)
+
+
+# --- Net2NetTransformer -----------------------------------------------------------------------------------------------
+
+
+def test_net2net_loss_is_the_cross_entropy_of_the_image():
+    model, batch = net2net().eval(), coord_batch()
+    for p in model.transformer.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    loss, _ = model.loss(batch)
+    z = model.encode_to_z(model.get_input(batch, "image"))
+    c = model.encode_to_c(model.get_input(batch, "coord"))
+    assert z.shape == c.shape == (2, 64)
+    logits, _ = model.transformer(torch.cat([c, z], 1))
+    expected = F.cross_entropy(logits[:, 63:-1].flatten(0, 1), z.flatten())
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(model.first_stage_model.encode(model.get_input(batch, "image"))[2][2].view(2, -1), z)
+
+
+def test_net2net_hides_tokens_in_training_only():
+    model, batch = net2net(pkeep=0.0), coord_batch()
+    seen = []
+    original = model.transformer.features
+    model.transformer.features = lambda idx, **k: seen.append(idx) or original(idx, **k)
+    z = model.encode_to_z(model.get_input(batch, "image"))
+    model.train().loss(batch)
+    model.eval().loss(batch)
+    assert (seen[0][:, 64:] != z[:, :-1]).float().mean() > 0.5 and torch.equal(seen[1][:, 64:], z[:, :-1])
+    assert not model.train().first_stage_model.training
+
+
+def test_net2net_draws():
+    model = net2net().eval()
+    x = model.sample(seeds=[3, 4, 5], top_k=5)
+    assert x.shape == (3, 3, 16, 16) and x.abs().max() <= 1
+    torch.testing.assert_close(model.sample(seeds=[4], top_k=5), x[1:2])
+    images = model.log_images(coord_batch(3), n=2)
+    assert set(images) == {
+        "inputs", "reconstructions", "conditioning", "samples_half", "samples_nopix", "samples_det",
+    }  # fmt: skip
+    assert all(v.shape[0] == 2 and v.min() >= -1 and v.max() <= 1 for v in images.values())
+
+
+def test_net2net_conditions():
+    start = net2net(cond_stage_config="__is_unconditional__", sos_token=3).eval()
+    assert start.condition([0, 1])["prefix"].tolist() == [[3], [3]]
+    assert start.sample(seeds=[0]).shape == (1, 3, 16, 16)
+    assert torch.isfinite(start.loss({"image": coord_batch()["image"]})[0])
+    itself = net2net(cond_stage_config="__is_first_stage__", cond_stage_key="image", downsample_cond_size=8).eval()
+    c = itself.encode_to_c(itself.get_input(coord_batch(), "image"))
+    assert c.shape == (2, 16)
+    dummy = {"target": "taming.models.dummy_cond_stage.DummyCondStage", "params": {"conditional_key": "objects_bbox"}}
+    boxes = net2net(cond_stage_config=dummy, cond_stage_key="objects_bbox").eval()
+    batch = {**coord_batch(), "objects_bbox": torch.randint(16, (2, 5))}
+    assert torch.equal(boxes.encode_to_c(boxes.get_input(batch, "objects_bbox")), batch["objects_bbox"])
+    assert torch.isfinite(boxes.loss(batch)[0])
+    with pytest.raises(UserError, match="draws from batch\\['objects_bbox'\\]"):
+        boxes.condition([0])
+    with pytest.raises(UserError, match="takes no class"):
+        start.condition([0], classes=[1])
+    config = {"target": "ldm.modules.gpt.GPT", "params": {"vocab_size": 8, "block_size": 128, "n_head": 2, "n_embd": 8}}
+    with pytest.raises(UserError, match="vocab_size: got 8, expected at least 16"):
+        net2net(transformer_config=config)
+
+
+def test_weight_decay_is_for_matrices_alone():
+    model = net2net()
+    model.learning_rate = 1e-3
+    decayed, spared = model.configure_optimizers().param_groups
+    names = {id(p): k for k, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.01 and decayed["betas"] == (0.9, 0.95) and spared["weight_decay"] == 0
+    assert all(names[id(p)].endswith("weight") and p.ndim == 2 for p in decayed["params"])
+    kept = {names[id(p)] for p in spared["params"]}
+    assert {"transformer.tok_emb.weight", "transformer.pos_emb", "transformer.blocks.0.ln1.weight"} <= kept
+    together = {names[id(p)] for p in decayed["params"]} | kept
+    assert together == {f"transformer.{k}" for k, _ in model.transformer.named_parameters()}
+
+
+# --- ImageGPT ---------------------------------------------------------------------------------------------------------
+
+
+def test_image_gpt_learns_its_classes():
+    torch.manual_seed(0)
+    model = fit(ImageGPT(PIXELS, TINY, num_classes=4, cond_dropout=0.1), 300)
+    pictures = halves()["image"].permute(0, 3, 1, 2)
+    assert model.loss(halves())[0].item() < 0.02
+    drawn = model.sample(model.condition(range(4), classes=[0, 1, 2, 3]), seeds=range(4), temperature=0.0, scale=1.5)
+    torch.testing.assert_close(drawn, pictures)
+    assert model.condition([5, 6])["prefix"].tolist() == [[4 + 1], [4 + 2]]
+    assert model.condition([5])["uncond"].tolist() == [[4 + 4]]
+
+
+def test_image_gpt_without_classes_and_its_faults():
+    model = ImageGPT(PIXELS, TINY).eval()
+    assert model.sample(seeds=[0, 1]).shape == (2, 1, 4, 4)
+    with pytest.raises(UserError, match="takes no class"):
+        model.condition([0], classes=[0])
+    with pytest.raises(UserError, match="top_k: got 5, expected 1 to 4"):
+        model.sample(seeds=[0], top_k=5)
+    with pytest.raises(UserError, match="without cond_dropout"):
+        model.sample(seeds=[0], scale=2.0)
+    with pytest.raises(UserError, match="images of 8x8 pixels give 8x8 tokens, .* built for 4x4"):
+        model.loss({"image": torch.zeros(1, 8, 8, 1)})
+    with pytest.raises(UserError, match="params.vocab_size: got 9, expected 5"):
+        ImageGPT(PIXELS, {"params": {**TINY["params"], "vocab_size": 9}})
+    with pytest.raises(UserError, match="Identity makes no tokens"):
+        ImageGPT({"target": "torch.nn.Identity"}, TINY)
+
+
+def test_priming_keeps_the_upper_part():
+    model = ImageGPT(PIXELS, TINY).eval()
+    x = halves()["image"].permute(0, 3, 1, 2)
+    drawn = model.sample(model.prime(model.condition(range(4)), x, keep=0.5), seeds=range(4))
+    torch.testing.assert_close(drawn[:, :, :2], x[:, :, :2])
+    one = model.sample(model.prime(model.condition(range(3)), x[:1], keep=0.25), seeds=range(3))
+    torch.testing.assert_close(one[:, :, :1], x[:1, :, :1].expand(3, -1, -1, -1))
+    for wrong, keep in ((x, 1.0), (x[:2], 0.5)):
+        with pytest.raises(UserError, match="keep|2 pictures to complete for 3 seeds"):
+            model.prime(model.condition(range(3)), wrong, keep)
+
+
+def test_tokens_are_kept_on_request():
+    model = ImageGPT(PIXELS, TINY, cache_codes=True)
+    batch = {**halves(), "relpath": ["a", "b", "c", "d"]}
+    first = model.image_tokens(batch)
+    batch["image"] = torch.zeros_like(batch["image"])
+    assert torch.equal(model.image_tokens(batch), first)
+    assert not torch.equal(ImageGPT(PIXELS, TINY).image_tokens(batch), first)
+
+
+def test_average_of_the_weights():
+    model = ImageGPT(PIXELS, TINY, use_ema=True)
+    assert any(k.startswith("model_ema.") for k in model.state_dict())
+    assert set(model.log_images(halves(), n=2)) == {"inputs", "reconstructions", "samples", "samples_half"}
+
+
+# --- DALLE and CogView ------------------------------------------------------------------------------------------------
+
+
+def text_model(cls, **options):
+    torch.manual_seed(0)
+    model = cls(PIXELS, TINY, text_vocab=270, text_length=6, **options)
+    model.text.learn(halves()["caption"])
+    return model
+
+
+def test_dalle_draws_what_it_was_told():
+    model = fit(text_model(DALLE), 300)
+    cond = model.condition(range(4), prompts=halves()["caption"])
+    drawn = model.sample(cond, seeds=range(4), temperature=0.0)
+    torch.testing.assert_close(drawn, halves()["image"].permute(0, 3, 1, 2))
+    again = text_model(DALLE)
+    again.text = type(model.text)(270)
+    checkpoint.load(again, model.state_dict())  # the vocabulary is in the checkpoint
+    cond = again.eval().condition([0], prompts=["Bright  TOP"])
+    torch.testing.assert_close(again.sample(cond, seeds=[0], temperature=0.0), drawn[2:3])
+
+
+def test_dalle_loss_is_the_weighted_sum_of_both_parts():
+    model = text_model(DALLE, cond_dropout=0.0, text_weight=1.0, image_weight=7.0).eval()
+    for p in model.transformer.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    loss, logs = model.loss(halves())
+    rows, z = model.text_rows(halves()["caption"]), model.image_tokens(halves())
+    tokens = torch.cat([torch.full((4, 1), 276), rows, z + 277], 1)
+    logits, _ = model.transformer(tokens[:, :-1])
+    text = F.cross_entropy(logits[:, :6, :276].flatten(0, 1), rows.flatten())
+    image = F.cross_entropy(logits[:, 6:, 277:].flatten(0, 1), z.flatten())
+    torch.testing.assert_close(logs["loss_text"], text)
+    torch.testing.assert_close(logs["loss_image"], image)
+    torch.testing.assert_close(loss, (text + 7 * image) / 8)
+    assert (rows >= 270).any() and int(rows.max()) == 275  # each place has its own padding
+
+
+def test_cogview_draws_and_captions_with_one_network():
+    model = fit(text_model(CogView), 500)
+    pictures = halves()["image"].permute(0, 3, 1, 2)
+    assert model.caption(pictures) == halves()["caption"]
+    cond = model.condition(range(4), prompts=halves()["caption"])
+    torch.testing.assert_close(model.sample(cond, seeds=range(4), temperature=0.0), pictures)
+    z = model.encode_images(pictures)
+    scores = torch.stack([model.caption_likelihood(z, model.text_rows([t] * 4)) for t in halves()["caption"]])
+    assert torch.equal(scores.argmax(0), torch.arange(4))
+    best = model.sample(model.condition(range(4), prompts=halves()["caption"]), seeds=range(4), rerank=3)
+    assert (best - pictures).abs().amax((1, 2, 3)).lt(0.1).all()
+    images = model.log_images(halves(), n=2)
+    assert {"inputs", "conditioning", "captions", "samples", "samples_half"} <= set(images)
+    assert all(v.min() >= -1 and v.max() <= 1 for v in images.values())
+
+
+def test_cogview_directions():
+    model = text_model(CogView).eval()
+    _, logs = model.loss(halves())
+    assert {"draw_text", "draw_image", "caption_text", "caption_image"} < set(logs)
+    norms = [m for b in model.transformer.blocks for m in (b.ln1, b.ln2, b.ln3, b.ln4)]
+    assert {type(m).__name__ for m in norms} == {"ScaledLayerNorm"} and model.transformer.blocks[0].attn.stable
+    drawing = text_model(CogView, caption_share=0.0).train()
+    assert set(drawing.loss(halves())[1]) == {"loss", "draw_text", "draw_image"}
+    captioning = text_model(CogView, caption_share=1.0).train()
+    assert set(captioning.loss(halves())[1]) == {"loss", "caption_text", "caption_image"}
+
+
+def test_text_likelihood_is_the_chain_rule():
+    model = text_model(CogView).eval().double()
+    z = model.image_tokens(halves())[:1]
+    rows = model.text_rows(["bright top"])
+    score = model.caption_likelihood(z, rows).item()
+    logp, tokens = 0.0, model.picture_prefix(z)
+    ids = rows[0].tolist()
+    ids = ids[: ids.index(model.end_token) + 1]
+    for i in ids:
+        logits = model.transformer.logits(model.transformer.features(tokens, image_start=2)[:, -1], 0, 271)
+        logp += logits.log_softmax(-1)[0, i].item()
+        tokens = torch.cat([tokens, torch.tensor([[i]])], 1)
+    assert score == pytest.approx(logp / len(ids), abs=1e-5)
+
+
+@pytest.mark.parametrize("cls", [DALLE, CogView])
+def test_prompts_and_their_faults(cls):
+    model = text_model(cls).eval()
+    seeds = [4, 5, 6]
+    one = model.condition(seeds, prompts=["bright top"])
+    x = model.sample(one, seeds=seeds, top_k=3, top_p=0.9)
+    alone = model.condition([5], prompts=["bright top"])
+    assert torch.equal(model.sample(alone, seeds=[5], top_k=3, top_p=0.9), x[1:2])
+    assert model.sample(seeds=[1]).shape == (1, 1, 4, 4)
+    with pytest.raises(UserError, match="takes no class"):
+        model.condition(seeds, classes=[1])
+    with pytest.raises(UserError, match="2 prompts for 3 pictures"):
+        model.condition(seeds, prompts=["a", "b"])
+    with pytest.warns(UserWarning, match="text window 6 .*cut off is"):
+        model.condition([0], prompts=["bright top bright left right bottom bright bright"])
+    with pytest.warns(UserWarning, match="holds '山', which no training caption holds"):
+        model.condition([0], prompts=["top 山"])
+    negative = model.condition([0], prompts=["bright top"], negative_prompt="bright left")
+    assert torch.equal(negative["uncond"], model.condition([0], prompts=["bright left"])["prefix"])
+    strict = text_model(cls, cond_dropout=0.0).eval()
+    for options in ({}, {"prompts": [" "]}, {"prompts": ["top"], "negative_prompt": "left"}):
+        with pytest.raises(UserError, match="without cond_dropout"):
+            strict.condition([0], **options)
+    with pytest.raises(UserError, match="without cond_dropout"):
+        strict.sample(strict.condition([0], prompts=["top"]), seeds=[0], scale=3.0)
+
+
+def test_training_learns_the_vocabulary_first(tmp_path):
+    lines = []
+    for i, (x, text) in enumerate(zip(halves()["image"], halves()["caption"], strict=True)):
+        Image.fromarray(((x[..., 0] + 1) * 127.5).byte().numpy()).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png\t{text}")
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    params = {"paths": str(tmp_path / "list.txt"), "data_root": str(tmp_path), "size": 4, "channels": 1}
+    data = {"target": "ldm.data.filelist.FileList", "params": params}
+    model = DALLE(PIXELS, TINY, text_vocab=265, text_length=12, cache_codes=True)
+    model.learning_rate = 1e-3
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(max_steps=3, default_root_dir=tmp_path, enable_model_summary=False, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(model, DataModuleFromConfig(2, data, data, num_workers=0))
+    assert model.text.learned and model.text.decode(model.text.encode("bright left")) == "bright left"
+    assert int((model.text.merges[:, 0] >= 0).sum()) == 9 and len(model._codes) == 4
+    assert {"train/loss", "train/loss_text", "val/loss_image"} <= set(trainer.callback_metrics)
+    bare = DALLE(PIXELS, TINY, text_vocab=265, text_length=12)
+    bare.learning_rate = 1e-3
+    loader = torch.utils.data.DataLoader([{"image": halves()["image"][0], "caption": "x"}])
+    with pytest.raises(UserError, match="DALLE has no text tokens: give tokenizer_file"):
+        pl.Trainer(max_steps=1, default_root_dir=tmp_path, enable_model_summary=False, **options).fit(bare, loader)
+
+
+# --- VQNoDiscModel ----------------------------------------------------------------------------------------------------
+
+
+def test_vq_model_without_a_discriminator(tmp_path):
+    loss = {
+        "target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
+        "params": {"disc_start": 0, "perceptual_weight": 0.0, "disc_ndf": 8, "disc_num_layers": 1},
+    }
+    model = VQNoDiscModel(**{**VQ["params"], "lossconfig": loss})
+    model.learning_rate = 1e-3
+    before = {k: v.clone() for k, v in model.loss.discriminator.state_dict().items() if "weight" in k}
+    loader = torch.utils.data.DataLoader([{"image": x} for x in coord_batch(4)["image"]], batch_size=2)
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(
+        max_steps=2, default_root_dir=tmp_path, enable_model_summary=False, gradient_clip_val=1.0,
+        accumulate_grad_batches=1, **options,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(model, loader, loader)
+    assert model.updates == 2 and {"train/rec_loss", "val/codebook_usage"} <= set(trainer.callback_metrics)
+    assert float(trainer.callback_metrics["train/disc_factor"]) == 0
+    for k, v in before.items():
+        assert torch.equal(v, model.loss.discriminator.state_dict()[k])
