@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo digits test lint bench smoke format
+.PHONY: demo digits test lint bench results smoke format
 
 demo: digits
 
@@ -28,6 +28,9 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -e '.[bench]'
 	$(BIN)/python benchmarks/run.py
+
+results: $(STAMP)
+	$(BIN)/python scripts/results.py
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
