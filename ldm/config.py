@@ -186,7 +186,8 @@ def fill_auto(node: Any, lookup: Callable[[str], Any], prefix: str) -> list[str]
             found = lookup(key)
             if found is not None:
                 node[key] = found
-                filled.append(f"{full}: auto -> {found} (from the data)")
+                shown = f"{len(found)} values" if isinstance(found, list) and len(found) > 20 else found
+                filled.append(f"{full}: auto -> {shown} (from the data)")
         else:
             filled += fill_auto(value, lookup, full)
     return filled

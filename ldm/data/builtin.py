@@ -6,7 +6,10 @@ import numpy as np
 import torch
 
 from ldm.data.base import ArrayDataset, Size, check_channels, parse_size, resize_arrays, stratified_split
+from ldm.data.openmoji import OpenMoji
 from ldm.util import UserError
+
+__all__ = ["Digits", "OpenMoji"]
 
 SHARES = {"test": 360 / 1797, "validation": 180 / 1797, "train": 1257 / 1797}
 

@@ -191,6 +191,11 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return self._about("num_classes")
 
     @property
+    def vocabulary(self) -> list[str] | None:
+        """The words of the captions, None where the data set does not tell."""
+        return self._about("vocabulary")
+
+    @property
     def channels(self) -> int | None:
         """1 (grey) or 3; of the first image if the data set does not tell."""
         return self._about("channels") or self._first_image_shape()[2]
