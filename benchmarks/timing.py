@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -33,6 +36,19 @@ def report(title: str, seconds: dict[str, list[float]], ours: str) -> None:
             line += f"   {ours} / {name} = {statistics.median(ratios):.3f}"
             line += f"  ({len(ratios)} rounds: {min(ratios):.3f}..{max(ratios):.3f})"
         print(line)
+
+
+def process(command: list[str], environment: dict[str, str] | None = None) -> tuple[float, float]:
+    """(seconds, GiB that it had resident at most) of a process; pages of a mapped file count once they are read."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as log:
+        child = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            log.seek(0)
+            raise SystemExit(f"{' '.join(command[:3])} failed:\n{log.read()}")
+    return time.perf_counter() - start, usage.ru_maxrss / 2**20
 
 
 def machine() -> str:

@@ -1,6 +1,6 @@
 """Attention over image positions and over a context, in the forms of the latent diffusion U-Net.
 
-All of it goes through `scaled_dot_product_attention`. Images are read as token lists [B, N, C] with N = H * W,
+All of it goes through `ldm.modules.sdpa.attention`. Images are read as token lists [B, N, C] with N = H * W,
 which is a view, not a copy, where they are channels-last.
 """
 
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.layers import checkpoint, conv_nd, normalization, zero_module
+from ldm.modules.matmul import Linear, linear
+from ldm.modules.sdpa import attention
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -25,7 +27,7 @@ def from_tokens(x: Tensor, like: Tensor) -> Tensor:
 
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     """A convolution with kernel size one as one matrix product on tokens [B, N, C] -> [B, N, C']."""
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
+    return linear(x, conv.weight.flatten(1), conv.bias)
 
 
 class GEGLU(nn.Module):
@@ -33,13 +35,13 @@ class GEGLU(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim_in, dim_out * 2)
+        self.proj = Linear(dim_in, dim_out * 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim_in] -> [..., dim_out]."""
         # two products of half the width: what they give is contiguous, and its gradients need not be joined
         (w_x, w_gate), (b_x, b_gate) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
-        x, gate = F.linear(x, w_x, b_x), F.linear(x, w_gate, b_gate)
+        x, gate = linear(x, w_x, b_x), linear(x, w_gate, b_gate)
         if torch.is_grad_enabled():
             return x * F.gelu(gate)
         return x.mul_(torch.ops.aten.gelu_(gate))
@@ -53,8 +55,8 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         inner = int(dim * mult)
-        first = GEGLU(dim, inner) if glu else nn.Sequential(nn.Linear(dim, inner), nn.GELU())
-        self.net = nn.Sequential(first, nn.Dropout(dropout), nn.Linear(inner, dim_out or dim))
+        first = GEGLU(dim, inner) if glu else nn.Sequential(Linear(dim, inner), nn.GELU())
+        self.net = nn.Sequential(first, nn.Dropout(dropout), Linear(inner, dim_out or dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim_out]."""
@@ -70,10 +72,10 @@ class CrossAttention(nn.Module):
         super().__init__()
         inner = dim_head * heads
         self.heads, self.context_dim = heads, context_dim or query_dim
-        self.to_q = nn.Linear(query_dim, inner, bias=False)
-        self.to_k = nn.Linear(self.context_dim, inner, bias=False)
-        self.to_v = nn.Linear(self.context_dim, inner, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
+        self.to_q = Linear(query_dim, inner, bias=False)
+        self.to_k = Linear(self.context_dim, inner, bias=False)
+        self.to_v = Linear(self.context_dim, inner, bias=False)
+        self.to_out = nn.Sequential(Linear(inner, query_dim), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x [B, N, C], context [B, M, D], mask bool [B, M] (True = may be attended to) -> [B, N, C]."""
@@ -86,7 +88,7 @@ class CrossAttention(nn.Module):
         )
         if mask is not None:
             mask = mask.flatten(1)[:, None, None, :]
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        h = attention(q, k, v, mask)
         return self.to_out(h.transpose(1, 2).flatten(2))
 
 
@@ -151,14 +153,14 @@ class SpatialTransformer(nn.Module):
             raise ValueError(f"got context_dim={widths}, expected one width or {depth} of them")
         widths = widths if len(widths) == depth else widths[:1] * depth
         self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
-        self.proj_in = nn.Linear(in_channels, inner) if use_linear else nn.Conv2d(in_channels, inner, 1)
+        self.proj_in = Linear(in_channels, inner) if use_linear else nn.Conv2d(in_channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(
                 inner, n_heads, d_head, dropout, width, checkpoint=use_checkpoint, disable_self_attn=disable_self_attn
             )
             for width in widths
         )
-        self.proj_out = zero_module(nn.Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1))
+        self.proj_out = zero_module(Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1))
 
     def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """x [B, C, H, W], context [B, M, D] (or one such tensor per block) -> [B, C, H, W]."""
@@ -202,7 +204,7 @@ class QKVAttentionLegacy(nn.Module):
     def tokens(self, qkv: Tensor) -> Tensor:
         """[B, N, 3C] -> [B, N, C]."""
         q, k, v = (t.transpose(1, 2) for t in self.split(qkv))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attention(q, k, v).transpose(1, 2).flatten(2)
 
     def forward(self, qkv: Tensor) -> Tensor:
         """[B, 3C, N] -> [B, C, N]."""

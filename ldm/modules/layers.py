@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from ldm.modules.matmul import Linear, linear
+
 
 def neighbourhoods(x: Tensor, stride: int, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Every 3x3 neighbourhood of x [B, C, H, W], padded by one, as a row [B, h, w, 9 C], and the weight as [C', 9 C].
@@ -40,7 +42,7 @@ class Conv2d(nn.Conv2d):
             rows, weight = neighbourhoods(x, self.stride[0], self.weight)
         else:
             return super().forward(x)
-        return F.linear(rows, weight, self.bias).permute(0, 3, 1, 2)
+        return linear(rows, weight, self.bias).permute(0, 3, 1, 2)
 
     def _rows_are_a_view(self, x: Tensor) -> bool:
         """Whether x [B, C, H, W] lies in memory as [B, H, W, C] and every position is used."""
@@ -200,7 +202,7 @@ class ResBlock(nn.Module):
         self.dropout, self.use_checkpoint, self.use_scale_shift_norm = dropout, use_checkpoint, use_scale_shift_norm
         self.in_layers = nn.Sequential(normalization(channels), nn.SiLU(), conv_nd(dims, channels, out, 3, padding=1))
         self.resample = Upsample(channels, False, dims) if up else Downsample(channels, False, dims) if down else None
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, 2 * out if use_scale_shift_norm else out))
+        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, 2 * out if use_scale_shift_norm else out))
         self.out_layers = nn.Sequential(
             normalization(out), nn.SiLU(), nn.Dropout(p=dropout), zero_module(conv_nd(dims, out, out, 3, padding=1))
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ldm.modules.attention import AttentionBlock, SpatialTransformer
 from ldm.modules.layers import Downsample, ResBlock, Timestep, Upsample, conv_nd
+from ldm.modules.matmul import Linear
 
 
 class TimestepEmbedSequential(nn.Sequential):
@@ -159,7 +160,7 @@ class Blocks:
 
 def time_mlp(in_features: int, out_features: int) -> nn.Sequential:
     """Two linear layers with a SiLU between them."""
-    return nn.Sequential(nn.Linear(in_features, out_features), nn.SiLU(), nn.Linear(out_features, out_features))
+    return nn.Sequential(Linear(in_features, out_features), nn.SiLU(), Linear(out_features, out_features))
 
 
 def label_embedding(num_classes: int | str, adm_in_channels: int | None, blocks: Blocks) -> nn.Module:
@@ -167,7 +168,7 @@ def label_embedding(num_classes: int | str, adm_in_channels: int | None, blocks:
     if isinstance(num_classes, int):
         return nn.Embedding(num_classes, blocks.embed_dim)
     if num_classes == "continuous":
-        return nn.Linear(1, blocks.embed_dim)
+        return Linear(1, blocks.embed_dim)
     if num_classes == "timestep":
         return nn.Sequential(Timestep(blocks.model_channels), time_mlp(blocks.model_channels, blocks.embed_dim))
     if num_classes == "sequential":
