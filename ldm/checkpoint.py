@@ -39,6 +39,7 @@ _CONTAINERS |= {
     "_codecs.encode": codecs.encode,  # how protocol 2 stores the bytes of numpy scalars
 }
 _PREFIXES = ("module.", "_orig_mod.")
+ROOT = Path(__file__).resolve().parents[1]  # the project's folder
 
 
 class _Inert:
@@ -348,13 +349,18 @@ def forget_pages(path: str | Path) -> None:
 # --- run directories --------------------------------------------------------------------------------------------------
 
 
+def in_project(path: str | Path) -> Path:
+    """`path` from here, or from the project's folder where it is only there (models/, configs/)."""
+    return Path(path) if Path(path).exists() or not (ROOT / path).exists() else ROOT / path
+
+
 def find_run(path: str | Path) -> tuple[Path, Path]:
     """(run directory, checkpoint file) of a run directory or of a checkpoint inside one.
 
     Raises:
         UserError: neither exists.
     """
-    path = Path(path)
+    path = in_project(path)
     if path.is_file():
         return path.parent.parent if path.parent.name == "checkpoints" else path.parent, path
     if not path.is_dir():

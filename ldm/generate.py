@@ -75,8 +75,20 @@ def load_run(path: str | Path, dotlist: Sequence[str] = ()) -> tuple[Any, dict[s
     return model, info
 
 
+def with_first_stage(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """`state`, and where it came without a first stage, the one in the file that the config names, if that is there."""
+    stage = (config.get("params") or {}).get("first_stage_config")
+    path = (stage.get("params") or {}).get("ckpt_path") if isinstance(stage, dict) else None
+    if path is None or any(k.startswith("first_stage_model.") for k in state):
+        return state
+    file = checkpoint.in_project(path)
+    found = checkpoint.read_state(file) if file.is_file() else {}
+    return {**state, **{f"first_stage_model.{k}": v for k, v in found.items() if not k.startswith("loss.")}}
+
+
 def build_model(config: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> Any:
     """Instantiates `config` and loads `state` strictly; averaged weights may be absent from official files."""
+    state = with_first_stage(state, config)
     model = instantiate_from_config(without_weights({k: config[k] for k in ("target", "params") if k in config}))
     if hasattr(model, "model_ema") and not any(k.startswith("model_ema.") for k in state):
         del model.model_ema

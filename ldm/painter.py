@@ -109,7 +109,8 @@ class Painter:
             yield batch[i : i + size]
 
     def report_cuts(self, prompts: Sequence[str]) -> None:
-        """Says which words of a prompt the text encoder will not see."""
+        """Says which words of a prompt the text encoder does not know, or will not see."""
+        self._report_unknown(prompts)
         words = getattr(self.model.cond_stage_model, "truncated_words", None)
         if words is None or self.knobs.long_prompt:
             return
@@ -118,6 +119,14 @@ class Painter:
                 self.say(
                     f"the prompt is too long for the text encoder; cut: {' '.join(cut)} (--long-prompt keeps them)"
                 )
+
+    def _report_unknown(self, prompts: Sequence[str]) -> None:
+        """For models with a vocabulary of whole words."""
+        unknown = getattr(self.model.cond_stage_model, "unknown_words", lambda prompt: {})
+        found = {w: like for p in dict.fromkeys([*prompts, self.negative or ""]) for w, like in unknown(p).items()}
+        for word, like in found.items():
+            hint = f" (similar words that it knows: {', '.join(like)})" if like else ""
+            self.say(f'the model does not know the word "{word}"{hint}')
 
     def paint(
         self,

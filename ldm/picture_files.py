@@ -60,6 +60,18 @@ def read_image(path: str | Path, say: Say) -> tuple[np.ndarray, np.ndarray | Non
     return np.asarray(Image.alpha_composite(white, picture).convert("RGB")), alpha
 
 
+def fitted(picture: np.ndarray, size: tuple[int, int], fill: int) -> np.ndarray:
+    """uint8 [H, W, 3], or bool [H, W], scaled into (height, width) and centred there; `fill` is around it."""
+    height, width = size
+    scale = min(height / picture.shape[0], width / picture.shape[1])
+    inner = max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))
+    mask = picture.dtype == bool
+    scaled = Image.fromarray(picture).resize(inner, Image.Resampling.NEAREST if mask else Image.Resampling.LANCZOS)
+    canvas = Image.new(scaled.mode, (width, height), 0 if mask else (fill,) * 3)
+    canvas.paste(scaled, ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    return np.asarray(canvas)
+
+
 def read_mask(path: str | Path, size: tuple[int, int], say: Say) -> np.ndarray:
     """bool [H, W], true where the mask is white: what is to be painted anew.
 

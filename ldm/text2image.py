@@ -14,10 +14,9 @@ from torch import Tensor
 
 from ldm import checkpoint, families
 from ldm.config import load_yaml
-from ldm.generate import digest
+from ldm.generate import digest, with_first_stage
 from ldm.util import UserError, instantiate_from_config
 
-ROOT = Path(__file__).resolve().parents[1]
 PARTS = {
     "model.diffusion_model.": "U-Net",
     "first_stage_model.": "first stage (VAE)",
@@ -37,7 +36,8 @@ PRECISIONS = {  # name: dtype of the weights
 
 def find(path: str | Path) -> Path | None:
     """`path` from here, or else from the project's folder."""
-    return next((p for p in (Path(path), ROOT / path) if p.exists()), None)
+    found = checkpoint.in_project(path)
+    return found if found.exists() else None
 
 
 def find_weights(given: str | None, default: str) -> Path:
@@ -51,14 +51,24 @@ def find_weights(given: str | None, default: str) -> Path:
         if found is None:
             raise UserError(f"--ckpt {given} does not exist: expected a .ckpt or .safetensors file or a run directory")
         return checkpoint.find_run(found)[1]
-    for name in (default, str(Path(default).with_suffix(".safetensors"))):
-        if (found := find(name)) is not None:
-            return found
+    if (found := weights_at(default)) is not None:
+        return found
     folder = Path(default).parent
     raise UserError(
         f"no weights at {default}: put the checkpoint there (mkdir -p {folder} && ln -s /your/model.ckpt {default}; "
         f"a .safetensors file may be called {Path(default).stem}.safetensors), or name it by --ckpt"
     )
+
+
+def weights_at(default: str) -> Path | None:
+    """The checkpoint at its official place, or the .safetensors file beside that place."""
+    places = (default, str(Path(default).with_suffix(".safetensors")))
+    return next((found for p in places if (found := find(p)) is not None), None)
+
+
+def sampling_of(folder: Path) -> dict[str, Any]:
+    """How a model of this project wants to be sampled: the settings under `sampling` in its config.yaml."""
+    return OmegaConf.to_container(load_yaml(folder / "config.yaml"), resolve=True).get("sampling") or {}
 
 
 def config_of(content: dict[str, Any], state: dict[str, Tensor], file: Path, given: str | None, default: str) -> Any:
@@ -68,7 +78,7 @@ def config_of(content: dict[str, Any], state: dict[str, Tensor], file: Path, giv
     if isinstance(content.get("config"), str):
         return OmegaConf.create(content["config"]), "in the file"
     run = file.parent.parent if file.parent.name == "checkpoints" else file.parent
-    beside = [file.with_suffix(".yaml"), *sorted((run / "configs").glob("*-project.yaml"))[-1:]]
+    beside = [file.with_suffix(".yaml"), *sorted((run / "configs").glob("*-project.yaml"))[-1:], run / "config.yaml"]
     if (found := next((p for p in beside if p.is_file()), None)) is not None:
         return load_yaml(found), str(found)
     configs = [c for c in families.detect(state).configs if find(c)]
@@ -139,6 +149,7 @@ def load(
     tree = OmegaConf.to_container(tree, resolve=True)
     if "model" not in tree:
         raise UserError(f"config {where} has no model: expected the YAML of a latent diffusion model")
+    state = with_first_stage(state, tree["model"])
     model = _skeleton(tree["model"], where)
     usable, which = _fitting(model, state, file, weights)
     checkpoint.adopt(model, usable, file, _converter(PRECISIONS[precision]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -316,6 +317,11 @@ class SeededNoise:
 
 
 # --- small names that official code and users' code import ------------------------------------------------------------
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-case words: "Côte d'Ivoire" -> côte, divoire; punctuation separates, apostrophes do not."""
+    return re.findall(r"\w+", re.sub("['’]", "", text.replace("_", " ").lower()))
 
 
 def exists(x: Any) -> bool:

@@ -115,6 +115,7 @@ def free_name(outdir: Path, seed: int | None) -> Path:
 PAINT_KNOBS = "lower --n_samples or --H and --W, or use --precision bf16"
 PROMPT = "a painting of a virus monster playing guitar"
 SD_CONFIG, SD_WEIGHTS = "configs/stable-diffusion/v1-inference.yaml", "models/ldm/stable-diffusion-v1/model.ckpt"
+SHIPPED = "models/ldm/openmoji"  # draws where there is no Stable Diffusion
 # Flags whose value makes the picture, with the official defaults; they are in its PNG, and --like reads them there.
 SETTINGS: dict[str, Any] = {
     "prompt": PROMPT,
@@ -131,6 +132,7 @@ SETTINGS: dict[str, Any] = {
     "long_prompt": False,
     "config": None,
     "ckpt": None,
+    "model_size": None,  # [height, width] where the model draws in one size only
 }
 COUNTS = {"n_iter": 2, "n_samples": 3}  # one each with --like
 
@@ -205,7 +207,9 @@ def settle(args: argparse.Namespace, script: str, **defaults: Any) -> dict[str, 
     if args.like and "script" not in like:
         raise UserError(f"--like {args.like} was made from a run: use scripts/sample.py")
     counts = dict.fromkeys(COUNTS, 1) if args.like else {k: defaults.get(k, v) for k, v in COUNTS.items()}
-    known = {**SETTINGS, **defaults, **counts}
+    textless = script == "inpaint" and not (args.prompt or args.from_file)  # its model is another one
+    shipped = {} if args.like or textless else shipped_model(args)
+    known = {**SETTINGS, **defaults, **counts, **shipped}
     old = {k: v for k, v in like.items() if k in known and k not in COUNTS}
     given = {k: getattr(args, k) for k in known if getattr(args, k, None) is not None}
     settings = {**known, **old, **given}
@@ -215,6 +219,35 @@ def settle(args: argparse.Namespace, script: str, **defaults: Any) -> dict[str, 
     if args.like and not args.ckpt and not args.config:
         settings["like_digest"] = like.get("digest")
     return settings
+
+
+def shipped_model(args: argparse.Namespace) -> dict[str, Any]:
+    """Where no model is named and Stable Diffusion is not linked: the checkpoint and settings of the project's own."""
+    from ldm import text2image
+
+    named = args.ckpt or args.config or getattr(args, "ldm", False) or getattr(args, "laion400m", False)
+    if named or text2image.weights_at(SD_WEIGHTS) or (found := text2image.find(SHIPPED)) is None:
+        return {}
+    print(
+        f"no Stable Diffusion at {SD_WEIGHTS}, so this is drawn by {SHIPPED} (OpenMoji, CC BY-SA 4.0). To use Stable "
+        f"Diffusion: ln -s /your/model.ckpt {SD_WEIGHTS}, or --ckpt"
+    )
+    return {"ckpt": SHIPPED, **text2image.sampling_of(found)}
+
+
+def at_model_size(settings: dict[str, Any], picture: Any, name: str, fill: int = 255) -> Any:
+    """A picture (or mask) [H, W, ...] scaled into the one size that the model draws, where there is such a size.
+
+    What it does not cover is filled; the aspect stays.
+    """
+    if not settings.get("model_size"):
+        return picture
+    from ldm.picture_files import fitted
+
+    height, width = settings["model_size"]
+    if picture.shape[:2] != (height, width):
+        print(f"{name}: scaled from {picture.shape[1]}x{picture.shape[0]} to {width}x{height}, the size of the model")
+    return fitted(picture, (height, width), fill)
 
 
 # --- painting: the loop -----------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("which picture? give --init-img FILE")
     if not 0 <= settings["strength"] <= 1:
         raise UserError(f"--strength {settings['strength']}: expected a number from 0 to 1")
-    picture, _ = read_image(settings["init_img"], print)
+    picture = common.at_model_size(settings, read_image(settings["init_img"], print)[0], settings["init_img"])
     prompts = common.prompts_of(args, settings)
     out = Path(args.outdir)
     pictures = common.gallery(args, settings, Numbered(out / "samples"), Numbered(out, "grid-", 4))

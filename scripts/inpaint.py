@@ -69,6 +69,12 @@ def read_pair(picture: Path, mask: Path | None) -> tuple[Any, Any]:
     return image, threshold(255 - alpha, f"from the alpha channel of {picture}", print)
 
 
+def at_model_size(settings: dict[str, Any], name: Path, image: Any, repaint: Any) -> tuple[Any, Any]:
+    """Picture and mask in the size of the model, where it has but one."""
+    image = common.at_model_size(settings, image, str(name))
+    return image, common.at_model_size(settings, repaint, f"mask of {name}")
+
+
 def run(args: argparse.Namespace) -> None:
     from ldm.picture_files import Named, Numbered
     from ldm.util import UserError
@@ -77,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     if not 0 < settings["strength"] <= 1:
         raise UserError(f"--strength {settings['strength']}: expected a number above 0, up to 1")
     files = pairs(args, settings)
-    whole = [(picture, mask, *read_pair(picture, mask)) for picture, mask in files]  # faults before the model is loaded
+    whole = [(*f, *at_model_size(settings, f[0], *read_pair(*f))) for f in files]  # faults before the model is loaded
     prompts = common.prompts_of(args, settings)
     text = any(prompts)
     config, weights = (common.SD_CONFIG, common.SD_WEIGHTS) if text else (LDM_CONFIG, LDM_WEIGHTS)

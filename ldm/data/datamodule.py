@@ -191,9 +191,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return self._about("num_classes")
 
     @property
-    def vocabulary(self) -> list[str] | None:
+    def words(self) -> list[str] | None:
         """The words of the captions, None where the data set does not tell."""
-        return self._about("vocabulary")
+        return self._about("words")
 
     @property
     def channels(self) -> int | None:

@@ -16,7 +16,7 @@ from ldm.data.base import CAPTION, CROP_X, CROP_Y, ImageDataset, Size, check_cha
 from ldm.data.entries import Entries, check_label_range, choose_split, find_entries
 from ldm.data.pixels import UNREADABLE, Fit
 from ldm.data.sources import Source, open_source
-from ldm.util import UserError
+from ldm.util import UserError, words_of
 
 log = logging.getLogger(__name__)
 
@@ -264,6 +264,13 @@ class ImageFolder(FileImages):
         if self.wants_captions:
             fields[self.caption_key] = [self._caption(i, u) for i, u in zip(indices, draws[:, CAPTION], strict=True)]
         return fields
+
+    @property
+    def words(self) -> list[str] | None:
+        """Every word of the captions, sorted; None where there are none."""
+        if self.entries.captions is None:
+            return None
+        return sorted({w for texts in self.entries.captions for text in texts for w in words_of(text)})
 
     def _caption(self, index: int, u: float) -> str:
         if self.entries.captions is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -24,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.base import CAPTION, ArrayDataset, Size, check_channels, data_dir, parse_size, resize_arrays
-from ldm.util import UserError, suggest
+from ldm.util import UserError, suggest, words_of
 
 # Hues in degrees of the colour wheel. They are at least 25 apart, so that each has its word.
 COLORS = {"red": 0, "orange": 30, "yellow": 56, "green": 115, "blue": 212, "purple": 272, "pink": 328}
@@ -42,11 +41,6 @@ def catalogue() -> dict[str, Any]:
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------
-
-
-def words_of(text: str) -> list[str]:
-    """Lower-case words: "Côte d'Ivoire" -> côte, divoire; punctuation separates, apostrophes do not."""
-    return re.findall(r"\w+", re.sub("['’]", "", text.replace("_", " ").lower()))
 
 
 @cache
@@ -227,6 +221,7 @@ class OpenMoji(ArrayDataset):
         held_out = set(catalogue()["held_out"])
         extra = [p for p in extra if split == "all" or (p[0] in held_out) == (split == "validation")]
         rows = [] if split == "validation" else rows
+        self.plain = len(rows)  # drawings as they come; the recoloured ones follow
         rows += [([c], recolor(pictures[e], COLORS[color]), group_of[e], e) for c, e, color in extra]
         if not rows:
             raise UserError(f"groups {chosen}: nothing of split {split} is in them")
@@ -237,7 +232,7 @@ class OpenMoji(ArrayDataset):
         self.train = split == "train"
 
     @property
-    def vocabulary(self) -> list[str]:
+    def words(self) -> list[str]:
         """Every word of the captions, and of the colours and objects that are combined in them, sorted."""
         words = {w for names in self.captions for c in names for w in c.split()}
         return sorted(words)

@@ -57,7 +57,7 @@ class AdversarialModel(BaseModel):
         raise NotImplementedError(f"{type(self).__name__} does not define generator_parameters()")
 
     def discriminator_parameters(self) -> list[nn.Parameter]:
-        """What the second optimiser holds."""
+        """What the second optimiser holds; nothing = there is no second one, and no discriminator_loss."""
         raise NotImplementedError(f"{type(self).__name__} does not define discriminator_parameters()")
 
     # --- optimisers ---------------------------------------------------------------------------------------------------
@@ -79,10 +79,9 @@ class AdversarialModel(BaseModel):
         return []
 
     def configure_optimizers(self) -> Any:
-        optimizers = [
-            self.build_optimizer(self.generator_parameters()),
-            self.build_optimizer(self.discriminator_parameters()),
-        ]
+        optimizers = [self.build_optimizer(self.generator_parameters())]
+        if others := self.discriminator_parameters():
+            optimizers.append(self.build_optimizer(others))
         schedulers = [self.build_scheduler(o) for o in optimizers]
         return optimizers, [s for s in schedulers if s is not None]
 
@@ -98,7 +97,8 @@ class AdversarialModel(BaseModel):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         self._window.append(batch)
-        generator, discriminator = self.optimizers()
+        optimizers = self.optimizers()
+        generator, *others = optimizers if isinstance(optimizers, list) else [optimizers]
         total = self._backward(self.generator_loss, batch, self.discriminator_parameters(), self.loss_names[0])
         if not self._window_ends(batch_idx):
             return total
@@ -106,18 +106,21 @@ class AdversarialModel(BaseModel):
         window, self._window = self._window, []
         generator.step()
         generator.zero_grad(set_to_none=True)
-        for earlier in window:
-            total = total + self._backward(
-                self.discriminator_loss, earlier, self.generator_parameters(), self.loss_names[1]
-            )
-        # past Lightning's wrapper, which would count this as another step
-        self.trainer.strategy.optimizer_step(discriminator.optimizer, lambda: None)
-        discriminator.zero_grad(set_to_none=True)
+        for discriminator in others:
+            total = total + self._train_discriminator(discriminator, window)
         for scheduler in self._schedulers():
             scheduler.step()
         self.updates += 1
         self.update_ema()
         return total
+
+    def _train_discriminator(self, discriminator: Any, window: Sequence[dict[str, Any]]) -> Tensor:
+        frozen_ones = self.generator_parameters()
+        losses = [self._backward(self.discriminator_loss, b, frozen_ones, self.loss_names[1]) for b in window]
+        # past Lightning's wrapper, which would count this as another step
+        self.trainer.strategy.optimizer_step(discriminator.optimizer, lambda: None)
+        discriminator.zero_grad(set_to_none=True)
+        return torch.stack(losses).sum()
 
     def _backward(
         self, loss_of: Callable[[dict[str, Any]], Losses], batch: dict[str, Any], others: list[nn.Parameter], name: str
@@ -141,7 +144,7 @@ class AdversarialModel(BaseModel):
     def shared_step(self, batch: dict[str, Any]) -> Losses:
         """The generator's loss, and the logs of both networks."""
         loss, logs = self.generator_loss(batch)
-        _, more = self.discriminator_loss(batch)
+        _, more = self.discriminator_loss(batch) if self.discriminator_parameters() else (None, {})
         return loss, {**logs, **more}
 
     def loss(self, batch: dict[str, Any]) -> Losses:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.models.framework import Module, rank_zero_info
 from ldm.modules.ema import LitEma
-from ldm.util import UserError, get_obj_from_str, instantiate_from_config
+from ldm.util import UserError, accepted_params, get_obj_from_str, instantiate_from_config
 
 Config = dict[str, Any]
 
@@ -167,7 +167,16 @@ class BaseModel(Module):
     def build_optimizer(self, params: Any) -> torch.optim.Optimizer:
         """`optimizer_config` (default AdamW) over `params` at `learning_rate`."""
         config = self.optimizer_config or {"target": "torch.optim.AdamW"}
+        if "fallback_lr_scale" in (accepted_params(get_obj_from_str(config["target"])) or {}):
+            params = self._tables_apart(params)
         return instantiate_from_config(config, params=params, lr=self.learning_rate)
+
+    def _tables_apart(self, params: Any) -> Any:
+        """For Muon of timm, which orthogonalises matrices: the rows of an embedding are none, AdamW has them."""
+        params = list(params)
+        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
+        parts = [p for p in params if id(p) not in tables], [p for p in params if id(p) in tables]
+        return [{"params": parts[0]}, {"params": parts[1], "use_fallback": True}] if parts[1] else params
 
     def build_scheduler(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """A Lightning scheduler entry that steps once per update, or None."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ldm.models.adversarial import AdversarialModel
 from ldm.models.base import Config
 from ldm.modules.autoencoder import Decoder, Encoder
+from ldm.modules.losses import PixelKL
 from ldm.modules.lpips import LPIPS
 from ldm.util import UserError, check_params, instantiate_from_config
 
@@ -22,7 +23,9 @@ class AutoencoderBase(AdversarialModel):
 
     Args:
         ddconfig: parameters of `Encoder` and `Decoder`, given to both.
-        lossconfig: `{target, params}` of the loss; `torch.nn.Identity` for a first stage that is only used.
+        lossconfig: `{target, params}` of the loss; `torch.nn.Identity` for a first stage that is only used. A loss
+            without a discriminator trains with one optimiser.
+        encconfig: what is different in the encoder's parameters: it may be smaller than the decoder.
         image_key: key of the images in the batch.
         colorize_nlabels: number of labels of one-hot segmentation maps, to be shown in random colours.
         use_ema: average the weights.
@@ -38,6 +41,7 @@ class AutoencoderBase(AdversarialModel):
         ddconfig: Config,
         lossconfig: Config,
         *,
+        encconfig: Config | None = None,
         image_key: str = "image",
         colorize_nlabels: int | None = None,
         use_ema: bool = False,
@@ -47,7 +51,9 @@ class AutoencoderBase(AdversarialModel):
         super().__init__(**{"optimizer_config": ADAM, **base})
         self.image_key, self.first_stage_key = image_key, image_key
         check_params(Encoder, "ddconfig", ddconfig)
-        self.encoder, self.decoder = Encoder(**ddconfig), Decoder(**ddconfig)
+        smaller = {**ddconfig, **(encconfig or {})}
+        check_params(Encoder, "encconfig", smaller)
+        self.encoder, self.decoder = Encoder(**smaller), Decoder(**ddconfig)
         self._modules["loss"] = instantiate_from_config(lossconfig)
         self._averaged = ema_decay if use_ema else None
         if colorize_nlabels is not None:
@@ -82,11 +88,11 @@ class AutoencoderBase(AdversarialModel):
             perceptual.load_pretrained()
 
     def configure_optimizers(self) -> Any:
-        if not hasattr(self.loss, "discriminator"):
+        if not (hasattr(self.loss, "discriminator") or isinstance(self.loss, PixelKL)):
             raise UserError(
                 f"{type(self).__name__} cannot be trained with the loss {type(self.loss).__name__}: set "
-                "model.params.lossconfig.target to ldm.modules.losses.LPIPSWithDiscriminator (KL) or "
-                "ldm.modules.losses.VQLPIPSWithDiscriminator (VQ)"
+                "model.params.lossconfig.target to ldm.modules.losses.LPIPSWithDiscriminator (KL), "
+                "ldm.modules.losses.VQLPIPSWithDiscriminator (VQ) or ldm.modules.losses.PixelKL (no discriminator)"
             )
         return super().configure_optimizers()
 
@@ -98,7 +104,7 @@ class AutoencoderBase(AdversarialModel):
         return [p for m in (self.encoder, self.decoder, *self._between()) for p in m.parameters()]
 
     def discriminator_parameters(self) -> list[nn.Parameter]:
-        return list(self.loss.discriminator.parameters())
+        return list(self.loss.discriminator.parameters()) if hasattr(self.loss, "discriminator") else []
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 

@@ -251,6 +251,8 @@ class Encoder(nn.Module):
         z_channels: channels of the output; `double_z` doubles them (mean and log-variance).
         use_linear_attn: the same as attn_type linear.
         attn_type: vanilla | linear | none, for every attention of the net.
+        patch_size: pixels of p x p squares become channels before the first convolution (space to depth, Shi et al.
+            2016), and the levels count from there: f = p 2^(len(ch_mult) - 1).
     """
 
     def __init__(
@@ -271,13 +273,15 @@ class Encoder(nn.Module):
         attn_type: str = "vanilla",
         give_pre_end: bool = False,
         tanh_out: bool = False,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
         attn_type = "linear" if use_linear_attn else attn_type
-        self.ch, self.num_resolutions = ch, len(ch_mult)
-        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        self.ch, self.num_resolutions, self.patch_size = ch, len(ch_mult), patch_size
+        self.conv_in = nn.Conv2d(in_channels * patch_size**2, ch, 3, padding=1)
+        size = resolution // patch_size
         self.down = _down_levels(
-            ch, ch_mult, num_res_blocks, attn_resolutions, resolution, attn_type, dropout, resamp_with_conv
+            ch, ch_mult, num_res_blocks, attn_resolutions, size, attn_type, dropout, resamp_with_conv
         )
         width = ch * ch_mult[-1]
         self.mid = _Middle(width, attn_type, dropout, 0)
@@ -285,7 +289,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, 2 * z_channels if double_z else z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x)
         for i, level in enumerate(self.down):
             h = level(h)
             if i != self.num_resolutions - 1:
@@ -319,10 +323,12 @@ class Decoder(nn.Module):
         use_linear_attn: bool = False,
         attn_type: str = "vanilla",
         double_z: bool = True,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
         attn_type = "linear" if use_linear_attn else attn_type
         self.num_resolutions, self.give_pre_end, self.tanh_out = len(ch_mult), give_pre_end, tanh_out
+        self.patch_size, resolution = patch_size, resolution // patch_size
         width, size = ch * ch_mult[-1], resolution // 2 ** (len(ch_mult) - 1)
         self.z_shape = (1, z_channels, size, size)
         self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
@@ -338,7 +344,7 @@ class Decoder(nn.Module):
             width = out
         self.up = nn.ModuleList(levels)
         self.norm_out = Normalize(width)
-        self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, out_ch * patch_size**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
@@ -349,6 +355,7 @@ class Decoder(nn.Module):
         if self.give_pre_end:
             return h
         h = self.conv_out(F.silu(self.norm_out(h)))
+        h = F.pixel_shuffle(h, self.patch_size) if self.patch_size > 1 else h
         return torch.tanh(h) if self.tanh_out else h
 
 

@@ -269,6 +269,37 @@ class LPIPSWithDiscriminator(_AdversarialLoss):
         return loss, _with_split(logs, split)
 
 
+class PixelKL(nn.Module):
+    """Loss of AutoencoderKL without a discriminator: for drawings, where sharp edges need no adversary.
+
+    l2_weight mean (x - y)^2 + l1_weight mean |x - y| + kl_weight KL(q(z | x), N(0, 1)), the last in nats per image.
+    """
+
+    def __init__(self, l2_weight: float = 1.0, l1_weight: float = 0.0, kl_weight: float = 1e-6) -> None:
+        super().__init__()
+        self.l2_weight, self.l1_weight, self.kl_weight = l2_weight, l1_weight, kl_weight
+
+    def forward(
+        self,
+        inputs: Tensor,
+        reconstructions: Tensor,
+        posteriors: DiagonalGaussianDistribution,
+        optimizer_idx: int = 0,
+        global_step: int = 0,
+        split: str = "train",
+        **_: object,
+    ) -> tuple[Tensor, Logs]:
+        """Images [B, C, H, W] in [-1, 1] -> (loss [], logs with the prefix `split`); psnr in dB, of the whole batch."""
+        error = reconstructions.float() - inputs.float()
+        squared, kl_loss = error.square().mean(), posteriors.kl().mean()
+        loss = self.l2_weight * squared + self.kl_weight * kl_loss
+        if self.l1_weight:
+            loss = loss + self.l1_weight * error.abs().mean()
+        logs = {"total_loss": loss.detach(), "kl_loss": kl_loss.detach(), "rec_loss": squared.detach()}
+        logs["psnr"] = 10 * torch.log10(4 / squared.detach().clamp(min=1e-12))
+        return loss, _with_split(logs, split)
+
+
 class VQLPIPSWithDiscriminator(_AdversarialLoss):
     """Loss of VQModel, of LDM and of taming-transformers: pixel, perceptual, codebook and adversarial terms, per pixel.
 

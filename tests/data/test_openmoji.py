@@ -52,7 +52,7 @@ def test_a_drawing_shows_all_its_captions_in_training_and_its_name_otherwise():
     seen = {data.get_batch([apple], stream=s)["caption"][0] for s in range(40)}
     assert seen == {"red apple", "apple"}
     assert OpenMoji("all", groups="food").get_batch([apple], stream=3)["caption"] == ["red apple"]
-    assert {"red", "apple", "banana"} <= set(data.vocabulary) and data.vocabulary == sorted(set(data.vocabulary))
+    assert {"red", "apple", "banana"} <= set(data.words) and data.words == sorted(set(data.words))
 
 
 def test_kept_drawings_are_the_drawings(monkeypatch):
@@ -91,7 +91,7 @@ def test_a_tenth_of_the_pairs_is_never_trained_on():
     asked = {c[0] for c in held_out.captions}
     assert asked == set(openmoji.catalogue()["held_out"])
     assert not asked & {c for names in train.captions for c in names}
-    assert {w for c in asked for w in c.split()} <= set(train.vocabulary)
+    assert {w for c in asked for w in c.split()} <= set(train.words)
 
 
 def test_nearest():

@@ -243,3 +243,27 @@ def test_frozen_restores_what_it_found():
 def test_wrong_accumulation():
     with pytest.raises(ValueError, match="accumulate: got 0"):
         Toy(accumulate=0)
+
+
+class Alone(Toy):
+    """No discriminator: an ordinary recipe."""
+
+    def discriminator_parameters(self):
+        return []
+
+    def generator_loss(self, batch):
+        loss = (self.generator(batch["image"]) - batch["image"]).square().mean()
+        return loss, {"loss": loss}
+
+    def discriminator_loss(self, batch):
+        raise AssertionError("there is none")
+
+
+def test_without_a_discriminator_there_is_one_optimiser(tmp_path):
+    model = Alone(use_ema=True)
+    critic = [p.clone() for p in model.discriminator.parameters()]
+    fitter = trainer(tmp_path, max_steps=5)
+    fitter.fit(model, loader())
+    assert len(fitter.optimizers) == 1 and fitter.global_step == model.updates == 5
+    assert all(torch.equal(a, b) for a, b in zip(critic, model.discriminator.parameters(), strict=True))
+    assert {"val/loss", "val/loss_ema"} <= set(fitter.validate(model, loader(), verbose=False)[0])

@@ -106,3 +106,32 @@ def test_ckpt_path_and_ignore_keys(tmp_path):
     assert float(Loaded(ckpt_path=str(tmp_path / "w.ckpt"), ignore_keys=["model.bias"]).model.weight) == 5.0
     with pytest.raises(UserError, match="another shape"):
         Loaded(ckpt_path=str(tmp_path / "w.ckpt"))
+
+
+def test_muon_leaves_tables_and_vectors_to_adamw():
+    class Net(BaseModel):
+        def __init__(self):
+            super().__init__(optimizer_config={"target": "timm.optim.Muon", "params": {"fallback_lr_scale": 0.5}})
+            self.table, self.layer = torch.nn.Embedding(6, 4), torch.nn.Linear(4, 4)
+
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = model.build_optimizer(model.trained_parameters())
+    before = [p.detach().clone() for p in model.parameters()]
+    (model.layer(model.table(torch.tensor([1, 2, 3, 4]))) ** 2).sum().backward()
+    optimizer.step()
+    moved = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+    assert (moved[0][[0, 5]] == 0).all()  # rows that were not read; an orthogonalised step moves all of them
+    assert moved[0][1:5].abs().min() > 0
+    step, gradient = (torch.linalg.svdvals(m) for m in (moved[1], model.layer.weight.grad))
+    assert step[0] / step[2] < 1.2 and gradient[0] / gradient[2] > 1.5  # Newton and Schulz' iteration is not exact
+
+
+def test_adamw_gets_plain_parameters():
+    class Net(BaseModel):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(6, 4)
+
+    model = Net()
+    assert len(model.build_optimizer(model.trained_parameters()).param_groups) == 1

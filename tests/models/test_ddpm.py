@@ -304,6 +304,16 @@ def test_flow_samples_and_trains():
         model.sample(2)
 
 
+def test_logit_normal_times():
+    x = torch.zeros(4000, 3, 8, 8)
+    torch.manual_seed(0)
+    even, normal = (tiny(parameterization="flow", logit_normal_times=v).draw_times(x) for v in (False, True))
+    assert all(t.min() > 0 and t.max() < 1 for t in (even, normal))
+    share = (normal - 0.5).abs() < (torch.tensor(1.0).sigmoid() - 0.5)  # within one standard deviation of N(0, 1)
+    assert abs(float(share.float().mean()) - 0.683) < 0.03
+    assert abs(float(((even - 0.5).abs() < 0.25).float().mean()) - 0.5) < 0.03
+
+
 def test_known_pixels_are_kept():
     model, x0 = tiny(), torch.rand(2, 3, 8, 8) * 2 - 1
     mask = torch.zeros(2, 1, 8, 8)

@@ -203,3 +203,19 @@ def test_resize():
         Resize(3, learned=True)
     with pytest.raises(ValueError, match="at least in_size"):
         Upsampler(8, 4, 32, 3)
+
+
+def test_patches_become_channels_before_the_first_convolution():
+    common = {"ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [8], "resolution": 32, "z_channels": 4}
+    params = {**common, "ch": 32, "in_channels": 3, "out_ch": 3, "patch_size": 4}
+    torch.manual_seed(0)
+    encoder, decoder = Encoder(**params), Decoder(**params)
+    x = torch.randn(2, 3, 32, 32)
+    z = encoder(x)
+    assert z.shape == (2, 8, 4, 4) and decoder.z_shape == (1, 4, 4, 4)
+    assert decoder(z[:, :4]).shape == x.shape
+    assert encoder.conv_in.weight.shape[1] == 48 and decoder.conv_out.weight.shape[0] == 48
+    assert len(encoder.down[0].attn) == 1 and len(encoder.down[1].attn) == 0  # resolutions count after the patches
+    plain = Encoder(**{**params, "in_channels": 48, "resolution": 8, "patch_size": 1})
+    plain.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(plain(torch.nn.functional.pixel_unshuffle(x, 4)), z)

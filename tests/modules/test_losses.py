@@ -237,3 +237,17 @@ def test_segmentation_loss():
     value, logs = loss(torch.tensor(0.25), target, torch.zeros(1, 4, 8, 8), "train")
     assert torch.allclose(value, torch.log(torch.tensor(2.0)) + 0.5)
     assert set(logs) == {"train/total_loss", "train/bce_loss", "train/quant_loss"}
+
+
+def test_pixel_kl_is_squared_error_and_kl_with_their_weights():
+    from ldm.modules.distributions import DiagonalGaussianDistribution
+    from ldm.modules.losses import PixelKL
+
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(2, 3, 8, 8, generator=generator), torch.rand(2, 3, 8, 8, generator=generator)
+    posterior = DiagonalGaussianDistribution(torch.randn(2, 8, 2, 2, generator=generator))
+    loss, logs = PixelKL(l2_weight=2.0, l1_weight=0.5, kl_weight=0.1)(x, y, posterior)
+    expected = 2 * ((x - y) ** 2).mean() + 0.5 * (x - y).abs().mean() + 0.1 * posterior.kl().mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logs["train/psnr"], -10 * torch.log10(((x - y) ** 2).mean() / 4))
+    assert PixelKL(kl_weight=0.0)(x, x, posterior)[0] == 0

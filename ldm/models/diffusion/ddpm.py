@@ -71,6 +71,8 @@ class DDPM(ClassLabels, TabledDiffusion):
         cond_dropout: chance to replace a label by the null class in training, which makes guidance possible.
         loss_weight: uniform, min_snr (with min_snr_gamma), or another row of LOSS_WEIGHTS.
         offset_noise: standard deviation of added noise that is constant over each channel (0.1 is usual).
+        logit_normal_times: for flow, times from the logistic function of N(0, 1), which are rarely near 0 and 1 (Esser
+            et al. 2024, eq. 19).
         zero_terminal_snr: rescale the betas so that x_T is pure noise (Lin et al. 2023); needs x0 or v.
         base: further parameters of BaseModel.
 
@@ -118,6 +120,7 @@ class DDPM(ClassLabels, TabledDiffusion):
         min_snr_gamma: float = 5.0,
         offset_noise: float = 0.0,
         zero_terminal_snr: bool = False,
+        logit_normal_times: bool = False,
         ema_decay: float = 0.9999,
         **base: Any,
     ) -> None:
@@ -129,6 +132,7 @@ class DDPM(ClassLabels, TabledDiffusion):
         self.clip_denoised, self.v_posterior = clip_denoised, v_posterior
         self.original_elbo_weight, self.l_simple_weight = original_elbo_weight, l_simple_weight
         self.loss_weight, self.min_snr_gamma, self.offset_noise = loss_weight, min_snr_gamma, offset_noise
+        self.logit_normal_times = logit_normal_times
         self.zero_terminal_snr, self.learn_logvar, self.logvar_init = zero_terminal_snr, learn_logvar, logvar_init
         self._check_options(use_positional_encodings)
         self._build_network(unet_config, num_classes, conditioning_key)
@@ -191,7 +195,8 @@ class DDPM(ClassLabels, TabledDiffusion):
     def draw_times(self, x: Tensor) -> Tensor:
         """A time for each image [B]: table indices, or numbers in [0, 1) for flow."""
         if self.parameterization == "flow":
-            return torch.rand(len(x), device=x.device)
+            normal = self.logit_normal_times
+            return torch.randn(len(x), device=x.device).sigmoid() if normal else torch.rand(len(x), device=x.device)
         return torch.randint(0, self.num_timesteps, (len(x),), device=x.device)
 
     def training_noise(self, x: Tensor) -> Tensor:

@@ -137,7 +137,8 @@ class FirstStage(BaseModel):
     @property
     def downsampling(self) -> int:
         """Pictures are so many times as high and wide as latents."""
-        return 2 ** (getattr(getattr(self.first_stage_model, "encoder", None), "num_resolutions", 1) - 1)
+        encoder = getattr(self.first_stage_model, "encoder", None)
+        return getattr(encoder, "patch_size", 1) * 2 ** (getattr(encoder, "num_resolutions", 1) - 1)
 
     def pictures_of(self, batch: Mapping[str, Any]) -> Tensor:
         """The pictures of a batch, [B, C, H, W]."""

@@ -1,0 +1,125 @@
+"""How well a text-to-image model that was trained on few drawings draws what its captions say.
+
+Fidelity: one picture for each caption that the model was trained with; the nearest training picture should be one with
+that caption. Composition: pictures of pairs of colour and object that were held out; they should have the shape of the
+object, and the colour as their main hue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.data.openmoji import COLORS, OpenMoji, apart, main_hue, nearest
+
+HUE_TOLERANCE = 30  # degrees
+
+
+def images_of(data: OpenMoji) -> Tensor:
+    """All pictures, float32 [N, C, H, W] in [-1, 1]."""
+    return data.images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture in [-1, 1], dB [N]."""
+    return 10 * torch.log10(4 / (x - y).square().flatten(1).mean(1).clamp(min=1e-12))
+
+
+@torch.no_grad()
+def reconstruction(model: Any, x: Tensor, batch_size: int = 64) -> dict[str, float]:
+    """The first stage on pictures [N, C, H, W]: mean PSNR (dB) of single pictures and of all pixels, mean SSIM."""
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    decibels, similarity, errors = [], [], []
+    for part in tqdm(x.split(batch_size), desc="reconstructing", leave=False):
+        part = part.to(model.device)
+        z = model.encode_first_stage(part)
+        z = z.mode() if hasattr(z, "mode") else z
+        again = model.first_stage_model.decode(z).float().clamp(-1, 1)
+        decibels.append(psnr(again, part).cpu())
+        errors.append((again - part).square().flatten(1).mean(1).cpu())
+        similarity.append(ssim(again, part, data_range=2.0, reduction="none").flatten().cpu())
+    return {
+        "psnr": float(torch.cat(decibels).mean()),
+        "psnr_of_all_pixels": float(10 * torch.log10(4 / torch.cat(errors).mean())),
+        "ssim": float(torch.cat(similarity).mean()),
+        "n": len(x),
+    }
+
+
+@torch.no_grad()
+def draw(model: Any, prompts: Sequence[str], batch_size: int, seed: int, knobs: dict[str, Any]) -> Tensor:
+    """One picture a prompt, [N, C, H, W] in [-1, 1] on the CPU; picture i has seed + i."""
+    found = []
+    for at in tqdm(range(0, len(prompts), batch_size), desc="drawing", unit="batch", leave=False):
+        texts = list(prompts[at : at + batch_size])
+        seeds = list(range(seed + at, seed + at + len(texts)))
+        cond = model.condition(seeds, prompts=texts, weights=False)
+        found.append(model.sample(cond, seeds=seeds, **knobs).float().cpu())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def latents(model: Any, x: Tensor, batch_size: int = 64) -> Tensor:
+    """Modes of the first stage's posteriors, [N, c, h, w] on the CPU."""
+    found = []
+    for part in x.split(batch_size):
+        z = model.encode_first_stage(part.to(model.device))
+        found.append((z.mode() if hasattr(z, "mode") else z).float().cpu())
+    return torch.cat(found)
+
+
+def fidelity(model: Any, drawn: Tensor, prompts: Sequence[str], data: OpenMoji) -> dict[str, Any]:
+    """Pictures [N, C, H, W] of `prompts` against the training pictures `data`.
+
+    Returns:
+        top1_pixels, top1_latents: share whose nearest training picture has the caption (identical drawings count as
+        one); psnr: mean dB to the picture of the caption; wrong: captions that failed in pixel space.
+    """
+    real = images_of(data)
+    owner = {c: i for i, names in enumerate(data.captions) for c in names}
+    wanted = torch.tensor([owner[p] for p in prompts])
+    same = _identical(real)
+    found = {"pixels": nearest(drawn, real)[0]}
+    found["latents"] = nearest(latents(model, drawn), latents(model, real))[0]
+    right = {k: same[v] == same[wanted] for k, v in found.items()}
+    wrong = [p for p, ok in zip(prompts, right["pixels"].tolist(), strict=True) if not ok]
+    shares = {f"top1_{k}": float(v.float().mean()) for k, v in right.items()}
+    return {**shares, "psnr": float(psnr(drawn, real[wanted]).mean()), "n": len(prompts), "wrong": wrong}
+
+
+def _identical(x: Tensor) -> Tensor:
+    """For each picture the number of the first one that is identical to it, [N]."""
+    first: dict[bytes, int] = {}
+    keys = [p.numpy().tobytes() for p in x]
+    return torch.tensor([first.setdefault(k, i) for i, k in enumerate(keys)])
+
+
+def shape_of(x: Tensor) -> Tensor:
+    """A picture [N, 3, H, W] without its hues: largest and smallest of the three channels, [N, 2, H, W]."""
+    return torch.stack([x.amax(1), x.amin(1)], dim=1)
+
+
+def composition(drawn: Tensor, held_out: OpenMoji, everything: OpenMoji) -> dict[str, Any]:
+    """Pictures [N, 3, H, W] of the held-out captions, in their order.
+
+    Returns:
+        share: of pictures with the right object (nearest in shape among all recoloured objects) and the right colour
+        (main hue within 30 degrees); object, color: of each alone; wrong: captions that failed.
+    """
+    pairs = list(range(everything.plain, len(everything)))
+    shapes, owners = shape_of(images_of(everything)[pairs]), [everything.emoji[i] for i in pairs]
+    found = [owners[i] for i in nearest(shape_of(drawn), shapes)[0].tolist()]
+    objects = np.array([f == e for f, e in zip(found, held_out.emoji, strict=True)])
+    pixels = ((drawn.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    wanted = [COLORS[names[0].split()[0]] for names in held_out.captions]
+    colors = np.array([apart(main_hue(p)[0], hue) <= HUE_TOLERANCE for p, hue in zip(pixels, wanted, strict=True)])
+    right = objects & colors
+    wrong = [names[0] for names, ok in zip(held_out.captions, right, strict=True) if not ok]
+    share, obj, color = (float(v.mean()) for v in (right, objects, colors))
+    return {"share": share, "object": obj, "color": color, "n": len(right), "wrong": wrong}

@@ -1,0 +1,97 @@
+"""Measures a text-to-image model of OpenMoji: does it draw what its captions say, and what no caption of it said?
+
+python scripts/evaluate_captions.py -r models/ldm/openmoji
+python scripts/evaluate_captions.py -r logs/<run> --json result.json --picture samples.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts import common  # noqa: E402
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evaluate_captions.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-r", "--run", required=True, metavar="RUN", help="run directory, checkpoint, or folder of models/")
+    add("-n", "--n_samples", type=int, default=None, help="captions, evenly from all (default: every caption)")
+    add("--steps", type=int, default=20, help="sampler steps (default: 20)")
+    add("--sampler", default="euler", help="default: euler")
+    add("--scale", type=float, default=3.0, help="classifier-free guidance (default: 3)")
+    add("--seed", type=int, default=0, help="seed of the first picture")
+    add("--weights", choices=("ema", "raw"), default=None, help="default: ema where there are")
+    add("--batch-size", type=int, default=128)
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--json", metavar="FILE", help="write the result here too")
+    add("--quiet", action="store_true", help="print nothing but progress bars")
+    add("--picture", metavar="PNG", help="write 100 of the pictures, evenly chosen, as one")
+    return parser
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from ldm import caption_fidelity, generate
+    from ldm.data.openmoji import OpenMoji
+    from ldm.util import UserError, image_grid
+
+    device = generate.pick_device(args.device)
+    model, info = generate.load_run(args.run)
+    params = trained_on(info["config"])
+    if params is None or not hasattr(model, "first_stage_model"):
+        raise UserError(f"{args.run} was not trained on ldm.data.builtin.OpenMoji as a latent diffusion model")
+    shape = {k: info["config"]["data"]["params"][k] for k in ("size", "channels")}
+    data = OpenMoji(**{**shape, **params, "split": "train"})
+    prompts = sorted(c for names in data.captions for c in names)
+    if args.n_samples is not None:
+        prompts = prompts[:: max(1, len(prompts) // max(1, args.n_samples))][: args.n_samples]
+    knobs = {"steps": args.steps, "sampler": args.sampler, "scale": args.scale}
+    model.to(device)
+    began = time.perf_counter()
+    scope, weights = generate.weights_scope(model, args.weights)
+    with scope:
+        drawn = caption_fidelity.draw(model, prompts, args.batch_size, args.seed, knobs)
+        seconds = time.perf_counter() - began
+        result: dict[str, Any] = {
+            "first_stage": caption_fidelity.reconstruction(model, caption_fidelity.images_of(data))
+        }
+        result["fidelity"] = caption_fidelity.fidelity(model, drawn, prompts, data)
+        result["fidelity"]["seconds_per_picture"] = seconds / len(prompts)
+        if params.get("colors"):
+            held_out = OpenMoji(**{**shape, **params, "split": "validation"})
+            asked = caption_fidelity.draw(
+                model, [c[0] for c in held_out.captions], args.batch_size, args.seed + len(prompts), knobs
+            )
+            everything = OpenMoji(**{**shape, **params, "split": "all"})
+            result["composition"] = caption_fidelity.composition(asked, held_out, everything)
+    result |= {"run": info["checkpoint"], "sha256": info["sha256"], "weights": weights, "seed": args.seed, **knobs}
+    result |= generate.versions()
+    if not args.quiet:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if args.picture:
+        chosen = drawn[:: max(1, len(drawn) // 100)][:100]
+        generate.save_png(generate.pictures(image_grid(chosen, nrow=10)[None], args.run)[0], Path(args.picture), result)
+
+
+def trained_on(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The parameters of the training set if that is OpenMoji."""
+    train = ((config.get("data") or {}).get("params") or {}).get("train") or {}
+    return dict(train.get("params") or {}) if str(train.get("target", "")).endswith("OpenMoji") else None
+
+
+if __name__ == "__main__":
+    sys.exit(common.main(build_parser(), evaluate))
