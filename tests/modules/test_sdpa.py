@@ -58,3 +58,19 @@ def test_stays_with_pytorch(own):
     with torch.no_grad():
         torch.testing.assert_close(attention(q, k, v), masked, rtol=1e-5, atol=1e-6)
     assert own == []
+
+
+@pytest.mark.parametrize("keys", [5, sdpa.SHORT, sdpa.SHORT + 1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_few_keys_go_by_the_formula(keys, masked):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (7, keys, keys))
+    mask = torch.rand(2, 1, 1, keys) < 0.7 if masked else None
+    if masked:
+        mask[..., 0] = True
+    got, expected = sdpa.attention(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(got, expected)
+    weight = torch.randn_like(got)
+    gradients = [torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (got, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)

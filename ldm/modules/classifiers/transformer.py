@@ -14,26 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.modules.sdpa import attention
+
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
-
-
-SHORT = 64  # keys
-
-
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False
-) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V of [B, heads, L, d], [B, heads, M, d] twice (equation 1) -> [B, heads, L, d].
-
-    On the CPU the fused kernel's gradient takes five times as long as the formula's where there are few keys.
-    """
-    short = q.device.type == "cpu" and q.requires_grad and k.shape[-2] <= SHORT
-    if not short or dropout or causal:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1).to(v.dtype) @ v
 
 
 class MultiHeadAttention(nn.Module):
