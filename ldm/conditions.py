@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.data.annotated import corner_tokens
 from ldm.picture_files import eight_bit, open_image, read_image, read_mask
 from ldm.util import UserError, instantiate_from_config
 
@@ -29,9 +31,13 @@ def samples_of(model: Any, config: Mapping[str, Any], where: str) -> Samples:
     if where == DATA and not Path(where).is_dir():
         data = validation_data(config)
         return len(data), lambda i: dict(data[i])
-    files = sorted(p for p in Path(where).glob("*") if p.suffix.lower() in ENDINGS and not p.stem.endswith("_mask"))
+    layouts = reads_layouts(model)
+    endings, what = ((".json",), "layouts (.json)") if layouts else (ENDINGS, "pictures")
+    files = sorted(p for p in Path(where).glob("*") if p.suffix.lower() in endings and not p.stem.endswith("_mask"))
     if not files:
-        raise UserError(f"--cond-from {where}: expected a folder with pictures, or `{DATA}` for the validation data")
+        raise UserError(f"--cond-from {where}: expected a folder with {what}, or `{DATA}` for the validation data")
+    if layouts:
+        return len(files), lambda i: {model.cond_stage_key: read_layout(model, files[i])}
     return len(files), lambda i: read_condition(model, files[i])
 
 
@@ -117,6 +123,44 @@ def one_hot(file: Path, labels: int) -> Tensor:
     return F.one_hot(torch.from_numpy(numbers.astype(np.int64)), labels).float()
 
 
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def reads_layouts(model: Any) -> bool:
+    """Whether the model is conditioned on tokens that are no text: objects and their boxes."""
+    return not getattr(getattr(model, "cond_stage_model", None), "use_tknz_fn", True)
+
+
+def read_layout(model: Any, file: Path) -> Tensor:
+    """The tokens int64 [L] of a JSON file: a list of `{"category": number, "box": [x, y, width, height]}`.
+
+    A box is a share of the picture, from its upper left corner. Three tokens an object as in
+    `AnnotatedObjectsOpenImages`; where two are left over they say that nothing was cropped.
+
+    Raises:
+        UserError: no such list, or more objects than the model has room for.
+    """
+    table = model.cond_stage_model.transformer
+    length, count = table.max_seq_len, table.num_tokens
+    try:
+        objects = [(int(o["category"]), *(float(v) for v in o["box"])) for o in json.loads(file.read_text("utf-8"))]
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        raise UserError(
+            f'{file} is no layout ({e}): expected [{{"category": 3, "box": [0.1, 0.2, 0.5, 0.5]}}, ...], each box '
+            "x, y, width and height as a share of the picture"
+        ) from e
+    if len(objects) > length // 3 or not objects:
+        raise UserError(f"{file} has {len(objects)} objects, expected 1 to {length // 3}")
+    row: list[int] = []
+    for category, *box in objects:
+        inside = len(box) == 4 and min(box) >= 0 and max(box[0] + box[2], box[1] + box[3]) <= 1 + 1e-6
+        if not (0 <= category < count and inside):
+            raise UserError(f"{file}: category {category}, box {box}: expected 0..{count - 1}, and a box within 0..1")
+        row += [category, *corner_tokens(tuple(box), count)]
+    row += [count - 1] * (3 * (length // 3) - len(row))
+    return torch.tensor(row + (corner_tokens((0.0, 0.0, 1.0, 1.0), count) if length % 3 == 2 else []))
+
+
 # --- conditions -------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +203,20 @@ def condition_from(model: Any, samples: Sequence[Sample], seeds: Sequence[int], 
     if getattr(model, "conditioning_key", None) not in ("concat", "hybrid"):
         return own or model.get_cond(batch)
     maps = model.map_condition(batch)
+    check_size(model, maps)
     return {**own, "c_concat": with_mask(model, maps, batch)}
+
+
+def check_size(model: Any, maps: Tensor) -> None:
+    """Raises UserError for maps of a size that the network cannot halve as often as it does."""
+    multiple = 2 ** (getattr(model.model.diffusion_model, "levels", 1) - 1)
+    height, width = maps.shape[2:]
+    if height % multiple or width % multiple:
+        f = model.downsampling
+        raise UserError(
+            f"the condition makes latents of {width}x{height}, for pictures of {width * f}x{height * f}: the network "
+            f"takes latents whose sides are multiples of {multiple}; crop or resize the pictures"
+        )
 
 
 def with_mask(model: Any, maps: Tensor, batch: Mapping[str, Any]) -> Tensor:

@@ -98,6 +98,13 @@ class Painter:
         return self.model.downsampling * 2 ** (getattr(self.model.model.diffusion_model, "levels", 1) - 1)
 
     @property
+    def trained_size(self) -> tuple[int, int]:
+        """(height, width) of the pictures that the model was trained on, by its config."""
+        size = self.model.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.model.downsampling, width * self.model.downsampling
+
+    @property
     def device(self) -> torch.device:
         return self.model.betas.device
 
@@ -185,11 +192,13 @@ class Painter:
 
     # --- conditions ---------------------------------------------------------------------------------------------------
 
-    def _text_condition(self, batch: Batch) -> dict[str, Any]:
-        """The condition of the prompts; texts that come again are not encoded again."""
+    def _text_condition(self, batch: Batch, size: tuple[int, int]) -> dict[str, Any]:
+        """The condition of the prompts; texts that come again are not encoded again. SDXL is told the size too."""
         prompts = [text for _, text in batch]
-        if tuple(prompts) not in self._texts:
+        key = (*prompts, size)
+        if key not in self._texts:
             options = {"clip_skip": self.knobs.clip_skip, "long_prompt": self.knobs.long_prompt}
+            options |= {"height": size[0], "width": size[1]}
             known = inspect.signature(self.model.condition).parameters
             options = {k: v for k, v in options.items() if k in known}
             seeds = [seed for seed, _ in batch]
@@ -197,13 +206,13 @@ class Painter:
             if len(self._texts) > 16:
                 self._texts.clear()
             with quiet("ldm.modules.prompts"):  # `report_cuts` says it once
-                self._texts[tuple(prompts)] = self.model.condition(seeds, **text, **options)
-        return dict(self._texts[tuple(prompts)] or {})
+                self._texts[key] = self.model.condition(seeds, **text, **options)
+        return dict(self._texts[key] or {})
 
-    def _condition(self, batch: Batch, start: Start | None) -> dict[str, Any]:
+    def _condition(self, batch: Batch, size: tuple[int, int], start: Start | None) -> dict[str, Any]:
         """With the maps that an inpainting network has beside its latents."""
         key, network = self.model.conditioning_key, self.model.model.diffusion_model
-        cond = {} if key == "concat" else self._text_condition(batch)
+        cond = {} if key == "concat" else self._text_condition(batch, size)
         if key not in ("concat", "hybrid"):
             return cond
         if start is None or start.repaint is None:
@@ -276,7 +285,7 @@ class Painter:
         """[n, 3, H, W], not clipped: a clipped infinity would pass as white."""
         seeds = [seed for seed, _ in batch]
         with torch.inference_mode(), self._autocast():
-            cond, begin = self._condition(batch, start), self._start(batch, start)
+            cond, begin = self._condition(batch, size, start), self._start(batch, start)
             latent = self.model.latent_size(*size)
             if self.knobs.sampler == DPM_SOLVER:
                 z = self._official_dpm_solver(cond, seeds, latent, begin, callback)

@@ -8,7 +8,8 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -343,6 +344,45 @@ def mean_flat(x: Tensor) -> Tensor:
 def count_params(model: nn.Module) -> int:
     """Number of parameters, trained or not."""
     return sum(p.numel() for p in model.parameters())
+
+
+def parallel_data_prefetch(
+    func: Callable[..., Any],
+    data: Any,
+    n_proc: int,
+    target_data_type: str = "ndarray",
+    cpu_intensive: bool = True,
+    use_worker_id: bool = False,
+) -> Any:
+    """func on n_proc parts of `data` at once, and its results in order, joined.
+
+    Args:
+        func: (part) or, with use_worker_id, (part, number of the part) -> a list or array.
+        data: array, list or another iterable; of a dict, its values.
+        n_proc: number of workers: processes if cpu_intensive (func must then be picklable), else threads.
+        target_data_type: ndarray (parts and result are arrays, joined along axis 0) or list.
+
+    Raises:
+        ValueError: data that is not iterable, or another target_data_type.
+    """
+    if target_data_type not in ("ndarray", "list"):
+        raise ValueError(f"target_data_type: got {target_data_type!r}, expected ndarray or list")
+    if not isinstance(data, Iterable):
+        raise ValueError(f"data: got {type(data).__name__}, expected something to iterate over")
+    if not isinstance(data, np.ndarray):
+        data = list(data.values() if isinstance(data, Mapping) else data)
+    if target_data_type == "ndarray":
+        parts = np.array_split(np.asarray(data), n_proc)
+    else:
+        step = -(-len(data) // n_proc) or 1
+        parts = [data[i : i + step] for i in range(0, len(data), step)]
+    columns = (parts, range(len(parts))) if use_worker_id else (parts,)
+    workers = futures.ProcessPoolExecutor if cpu_intensive else futures.ThreadPoolExecutor
+    with workers(n_proc) as pool:
+        results = list(pool.map(func, *columns))
+    if target_data_type == "ndarray":
+        return np.concatenate([np.asarray(r) for r in results])
+    return [item for result in results for item in result]
 
 
 def ismap(x: Any) -> bool:

@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         default=None,
         help="pictures to condition on, for models of super-resolution, label maps or inpainting (x.png with "
-        "x_mask.png); `data`: the run's validation data. Picture i goes with file i",
+        "x_mask.png), or layouts (x.json); `data`: the run's validation data. Picture i goes with file i",
     )
     add("--scale", type=float, default=None, help="classifier-free guidance scale (1: off)")
     add("--steps", type=int, default=None, help="sampler steps, 1..1000")

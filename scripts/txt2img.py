@@ -64,6 +64,9 @@ def run(args: argparse.Namespace) -> None:
     painter = common.open_painter(args, settings, config, weights)
     painter.report_cuts(prompts)
     wanted = settings["H"], settings["W"]
+    own = painter.trained_size
+    if args.H is None and args.W is None and not args.like and own != wanted:
+        print(f"note: the model was trained on {own[1]}x{own[0]} pixels: --H {own[0]} --W {own[1]}")
     size = common.fitting_size(painter, wanted, "cut to its middle")
     batches = plan(prompts, settings["n_samples"], settings["n_iter"], settings["seed"], args.fixed_code)
     settings["script"] = "txt2img"

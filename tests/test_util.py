@@ -76,3 +76,26 @@ def test_an_error_in_the_constructor_becomes_a_config_error():
     params = {"in_channels": 3, "out_channels": 4, "kernel_size": 3, "groups": 2}
     with pytest.raises(util.ConfigError, match="divisible"):
         util.instantiate_from_config({"target": "torch.nn.Conv2d", "params": params})
+
+
+def double(part):
+    return [2 * x for x in part]
+
+
+def numbered(part, worker):
+    return [(worker, x) for x in part]
+
+
+@pytest.mark.parametrize("cpu_intensive", [True, False])
+def test_parallel_data_prefetch(cpu_intensive):
+    options = {"cpu_intensive": cpu_intensive}
+    found = util.parallel_data_prefetch(double, np.arange(7), 3, **options)
+    assert isinstance(found, np.ndarray) and found.tolist() == [0, 2, 4, 6, 8, 10, 12]
+    assert util.parallel_data_prefetch(double, [1, 2, 3], 2, "list", **options) == [2, 4, 6]
+    assert util.parallel_data_prefetch(double, {"a": 1, "b": 2}, 2, "list", **options) == [2, 4]
+    found = util.parallel_data_prefetch(numbered, ["a", "b", "c"], 2, "list", use_worker_id=True, **options)
+    assert found == [(0, "a"), (0, "b"), (1, "c")]
+    with pytest.raises(ValueError, match="target_data_type"):
+        util.parallel_data_prefetch(double, [1], 1, "tensor")
+    with pytest.raises(ValueError, match="iterate"):
+        util.parallel_data_prefetch(double, 5, 1)

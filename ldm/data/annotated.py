@@ -118,11 +118,6 @@ class AnnotatedObjectsOpenImages(FileList):
     def cacheable(self) -> bool:
         return False
 
-    @property
-    def no_sections(self) -> int:
-        """Places along a side of the grid that corners are rounded to."""
-        return int(math.sqrt(self.no_tokens))
-
     # -- pictures --
 
     def crop_of(self, size: tuple[int, int], draws: np.ndarray) -> Box:
@@ -181,9 +176,14 @@ class AnnotatedObjectsOpenImages(FileList):
 
     def corners(self, box: Box) -> list[int]:
         """Tokens of the upper left and of the lower right corner."""
-        x, y, w, h = box
-        n = self.no_sections
-        return [round(v * (n - 1)) * n + round(u * (n - 1)) for u, v in ((x, y), (x + w, y + h))]
+        return corner_tokens(box, self.no_tokens)
+
+
+def corner_tokens(box: Box, no_tokens: int) -> list[int]:
+    """The upper left and the lower right corner of a box as places on a grid of sqrt(no_tokens) a side."""
+    x, y, w, h = box
+    n = int(math.sqrt(no_tokens))
+    return [round(v * (n - 1)) * n + round(u * (n - 1)) for u, v in ((x, y), (x + w, y + h))]
 
 
 def _inside(box: Box, crop: Box, flipped: bool) -> Box | None:

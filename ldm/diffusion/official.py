@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Denoise, cfg, inpaint
 from ldm.diffusion.samplers import ddim, dpmpp_2m, plms
-from ldm.diffusion.schedule import VPPath, ddim_timesteps, make_grid
+from ldm.diffusion.schedule import VPPath, ddim_timesteps, expand, make_grid
 
 log = logging.getLogger(__name__)
 
@@ -98,12 +98,42 @@ class DDIMSampler(_OfficialSampler):
         unconditional_conditioning: Any = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         self.make_schedule(S, ddim_eta=eta, verbose=verbose)
-        x = self._start(x_T, batch_size, shape)
-        denoise = self._denoise(conditioning, unconditional_guidance_scale, unconditional_conditioning)
+        return self.ddim_sampling(
+            conditioning, (batch_size, *shape), x_T, callback=callback, img_callback=img_callback,
+            quantize_denoised=quantize_x0, mask=mask, x0=x0, temperature=temperature, noise_dropout=noise_dropout,
+            score_corrector=score_corrector, corrector_kwargs=corrector_kwargs, log_every_t=log_every_t,
+            unconditional_guidance_scale=unconditional_guidance_scale,
+            unconditional_conditioning=unconditional_conditioning,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def ddim_sampling(
+        self,
+        cond: Any,
+        shape: Sequence[int],  # [B, C, H, W]
+        x_T: Tensor | None = None,
+        ddim_use_original_steps: bool = False,  # all T of them
+        callback: Callable[[int], object] | None = None,
+        quantize_denoised: bool = False,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        img_callback: Callable[[Tensor, int], object] | None = None,
+        log_every_t: int = 100,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: dict[str, Any] | None = None,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Any = None,
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """`sample` on the schedule that `make_schedule` set, `quad` for instance."""
+        x = self._start(x_T, shape[0], shape[1:])
+        grid = self._grid(ddim_use_original_steps)
+        denoise = self._denoise(cond, unconditional_guidance_scale, unconditional_conditioning)
         if score_corrector is not None:
-            denoise = self._corrected(denoise, score_corrector, conditioning, corrector_kwargs or {})
+            denoise = self._corrected(denoise, score_corrector, cond, corrector_kwargs or {})
         intermediates = {"x_inter": [x], "pred_x0": [x]}
-        total = len(self.grid) - 1
+        total = len(grid) - 1
 
         def randn(like: Tensor) -> Tensor:
             noise = torch.randn(like.shape, device=like.device) * temperature
@@ -112,7 +142,7 @@ class DDIMSampler(_OfficialSampler):
         def after_step(i: int, t: Tensor, x: Tensor, x0: Tensor) -> None:
             for _ in range(self._idle_draws(i)):
                 randn(x)
-            if quantize_x0:
+            if quantize_denoised:
                 snapped = self.model.first_stage_model.quantize(x0)[0]
                 x.add_(self.path.alpha(t) * (snapped - x0))  # the noise part of x stays that of the unsnapped x0
                 x0 = snapped
@@ -124,8 +154,11 @@ class DDIMSampler(_OfficialSampler):
                 intermediates["x_inter"].append(x)
                 intermediates["pred_x0"].append(x0)
 
-        x = self._run(denoise, x, self.grid, randn, self._project(mask, x0), after_step)
+        x = self._run(denoise, x, grid, randn, self._project(mask, x0), after_step)
         return x, intermediates
+
+    def _grid(self, original_steps: bool) -> Tensor:
+        return torch.arange(self.ddpm_num_timesteps - 1, -2, -1.0) if original_steps else self.grid
 
     @torch.no_grad()
     def stochastic_encode(
@@ -148,7 +181,7 @@ class DDIMSampler(_OfficialSampler):
         use_original_steps: bool = False,
     ) -> Tensor:
         """The last t_start steps of the schedule, from x_latent [B, C, H, W]."""
-        grid = torch.arange(self.ddpm_num_timesteps - 1, -2, -1.0) if use_original_steps else self.grid
+        grid = self._grid(use_original_steps)
         denoise = self._denoise(cond, unconditional_guidance_scale, unconditional_conditioning)
 
         def randn(like: Tensor) -> Tensor:
@@ -188,6 +221,8 @@ class PLMSSampler(DDIMSampler):
         if ddim_eta != 0:
             raise ValueError(f"PLMS eta: got {ddim_eta}, expected 0: PLMS is deterministic")
         super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
+
+    plms_sampling = DDIMSampler.ddim_sampling
 
     def _run(self, denoise: Denoise, x: Tensor, grid: Tensor, randn: Any, project: Any, callback: Any) -> Tensor:
         return plms(denoise, x, grid, path=self.path, randn=randn, project=project, callback=callback)
@@ -272,6 +307,18 @@ def make_ddim_sampling_parameters(
     if verbose:
         log.debug("DDIM eta %s, sigmas %s", eta, sigmas)
     return sigmas, alphas, alphas_prev
+
+
+def extract_into_tensor(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
+    """The table a [T] at t [B], as [B, 1, ...] to go with a tensor of shape x_shape."""
+    return expand(a.gather(-1, t), len(x_shape))
+
+
+def noise_like(shape: Sequence[int], device: Any = None, repeat: bool = False) -> Tensor:
+    """Normal noise; repeat: the same for the whole batch."""
+    if not repeat:
+        return torch.randn(tuple(shape), device=device)
+    return torch.randn((1, *shape[1:]), device=device).repeat(shape[0], *[1] * (len(shape) - 1))
 
 
 def betas_for_alpha_bar(

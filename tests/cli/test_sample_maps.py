@@ -162,10 +162,13 @@ DATA = {
         "batch_size": 4,
         "validation": {
             "target": "ldm.data.masks.RandomMasks",
-            "params": {"seed": 0, "dataset": {"target": "ldm.data.builtin.Digits", "params": {"split": "validation", "channels": 3}}},
+            "params": {
+                "seed": 0,
+                "dataset": {"target": "ldm.data.builtin.Digits", "params": {"split": "validation", "channels": 3}},
+            },
         },
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ["class", "adm", "inpainting"])
@@ -201,7 +204,7 @@ def test_never_released_data_say_what_is_missing(model, sample, capsys, tmp_path
     params = {"size": 16, "degradation": "pil_nearest", "downscale_f": 2}
     data = {**DATA, "params": {"batch_size": 1, "validation": {"target": target, "params": params}}}
     sample("-r", model("sr", data=data), "-n", 1, "--cond-from", "data", code=2)
-    assert "never released" in capsys.readouterr().err
+    assert "neither was ever released with the official code" in capsys.readouterr().err
 
 
 def test_sizes_that_the_network_cannot_halve(model, sample, tmp_path, capsys):

@@ -318,6 +318,7 @@ def test_watermark_needs_its_package(paint, tmp_path, monkeypatch, capsys):
         (["--f", "4"], ["--f 4: the model has 8"]),
         (["--clip-skip", "9"], ["clip_skip 9"]),
         (["--device", "cuda"], ["cuda", "available: cpu"]),
+        (["--device", "mps"], ["mps", "available: cpu"]),
         (["--like", "nothing.png"], ["nothing.png"]),
     ],
 )
@@ -337,7 +338,11 @@ def test_lack_of_memory_is_one_message(paint, capsys):
 def start(paint_files, out, *argv):
     command = [sys.executable, "-u", str(ROOT / "scripts/txt2img.py"), "--config", paint_files[0], "--ckpt"]
     command += [paint_files[1], "--outdir", out, *argv]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a shell that runs the tests in the background has its children ignore Ctrl-C
+    listen = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **listen
+    )
 
 
 @pytest.mark.smoke

@@ -123,6 +123,63 @@ def test_ddim_schedules(model: nn.Module) -> None:
         assert compare.check(fx, outs) == []
 
 
+def test_sampling_on_a_schedule_of_ones_own(model: nn.Module) -> None:
+    """`sample` is make_schedule and ddim_sampling; `quad` and all T steps can only be had by the two."""
+    fx = compare.load(FIXTURES / "sampler_ddim_eta0.json")
+    x, shape = compare.inputs(fx), (2, 4, 8, 8)
+    for cls, method in ((official.DDIMSampler, "ddim_sampling"), (official.PLMSSampler, "plms_sampling")):
+        sampler = cls(model)
+        whole = sampler.sample(4, 2, shape[1:], x["c"], x_T=x["x_T"], verbose=False, log_every_t=1)
+        sampler.make_schedule(4, verbose=False)
+        halves = getattr(sampler, method)(x["c"], shape, x["x_T"], log_every_t=1)
+        assert torch.equal(whole[0], halves[0]) and len(halves[1]["pred_x0"]) == 5
+        sampler.make_schedule(3, "quad", verbose=False)
+        times: list[int] = []
+        quad = getattr(sampler, method)(x["c"], shape, x["x_T"], callback=times.append)[0]
+        assert times == [0, 1, 2] and not torch.allclose(quad, whole[0])
+    sampler = official.DDIMSampler(model)
+    sampler.make_schedule(5, verbose=False)
+    sampler.ddpm_num_timesteps, times = 3, []
+    sampler.ddim_sampling(x["c"], shape, x["x_T"], ddim_use_original_steps=True, callback=times.append)
+    assert times == [0, 1, 2]
+
+
+def test_noise_temperature_dropout_and_score_correction(model: nn.Module) -> None:
+    """One step of DDIM with eta 1, written out (DDIM eq. 12), with what official callers can change in it."""
+    fx = compare.load(FIXTURES / "sampler_ddim_eta1.json")
+    x, abar = compare.inputs(fx), model.alphas_cumprod.double()
+
+    class Corrector:
+        def modify_score(self, model, e_t, x, t, c, gain):  # noqa: ANN001, ANN202
+            assert t.tolist() == [1, 1] and c is not None
+            return gain * e_t
+
+    options = {"x_T": x["x_T"], "eta": 1.0, "verbose": False, "temperature": 0.7, "noise_dropout": 0.25}
+    options |= {"score_corrector": Corrector(), "corrector_kwargs": {"gain": 0.5}}
+    torch.manual_seed(3)
+    found, inter = official.DDIMSampler(model).sample(1, 2, (4, 8, 8), x["c"], **options)
+    torch.manual_seed(3)
+    noise = torch.nn.functional.dropout(torch.randn(2, 4, 8, 8) * 0.7, 0.25)
+    a, a_prev = abar[1], abar[0]
+    eps = 0.5 * model.apply_model(x["x_T"], torch.tensor([1, 1]), x["c"]).double()
+    x0 = (x["x_T"] - (1 - a).sqrt() * eps) / a.sqrt()
+    sigma = ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
+    wanted = a_prev.sqrt() * x0 + (1 - a_prev - sigma**2).sqrt() * eps + sigma * noise
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(inter["pred_x0"][-1].double(), x0, rtol=1e-4, atol=1e-4)
+
+
+def test_which_intermediates_are_logged(model: nn.Module) -> None:
+    """The first step's, and those at multiples of log_every_t counted from the last one."""
+    fx = compare.load(FIXTURES / "sampler_ddim_eta0.json")
+    x = compare.inputs(fx)
+    counts = []
+    for every in (1, 2, 3, 100):
+        inter = official.DDIMSampler(model).sample(5, 2, (4, 8, 8), x["c"], verbose=False, log_every_t=every)[1]
+        counts.append(len(inter["x_inter"]))
+    assert counts == [6, 4, 4, 3]
+
+
 def test_no_step_count_fails(model: nn.Module) -> None:
     """599 of the counts 1..1000 were an IndexError: the official grid asked for timestep 1000 of 1000."""
     sampler = official.DDIMSampler(model)
@@ -174,6 +231,10 @@ def test_functions_by_their_official_names() -> None:
     assert times.tolist() == [*range(1, 1000, 20)]
     sigmas, alphas, alphas_prev = official.make_ddim_sampling_parameters(abar, times, 1.0, verbose=False)
     assert alphas_prev[0] == abar[0] and np.array_equal(alphas_prev[1:], alphas[:-1]) and sigmas.shape == (50,)
+    table = official.extract_into_tensor(torch.arange(10.0), torch.tensor([3, 7]), (2, 4, 8, 8))
+    assert table.shape == (2, 1, 1, 1) and table.flatten().tolist() == [3.0, 7.0]
+    same = official.noise_like((3, 4, 2, 2), "cpu", repeat=True)
+    assert torch.equal(same[0], same[2]) and not torch.equal(*official.noise_like((2, 4, 2, 2)))
     betas = official.betas_for_alpha_bar(1000, lambda t: np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2)
     np.testing.assert_allclose(betas, make_beta_schedule("cosine", 1000), rtol=1e-9)
 

@@ -34,6 +34,9 @@ DIFFUSION = {name for name, config in RUNS.items() if config.startswith("configs
 SMALL = {"model_channels": 32, "num_res_blocks": 1, "iwae_samples": 1, "ch": 16, "batch_size": 4}
 # what makes a sampling command short: flag -> the most that is run
 SHORT = {"-n": 10, "--n_samples": 10, "--n-samples": 10, "--steps": 3, "--max_steps": 1, "--max_epochs": 1}
+SHORT |= {"--H": 32, "--W": 32}
+PAINTERS = ("scripts/txt2img.py", "scripts/img2img.py", "scripts/inpaint.py")
+SD_PLACE = "models/ldm/stable-diffusion-v1"
 QUIET = [*QUICK, "lightning.callbacks.image_logger.params.disabled=true"]
 ONE_STEP = ["--max_steps", "1", "--limit_val_batches", "1", "--limit_test_batches", "1"]
 OUTPUTS = ("--out", "--outdir", "--json", "-l", "--logdir", "-n", "--name")  # what follows is written, not read
@@ -101,6 +104,33 @@ class Things:
             OmegaConf.save(OmegaConf.create(config("sd1")), path.with_suffix(".yaml"))
         return path
 
+    def painted(self):
+        """A picture that scripts/txt2img.py painted."""
+        folder = self.folder / "painted"
+        if not folder.exists():
+            argv = ["--ckpt", self.official(), "--outdir", folder, *shorten("scripts/txt2img.py", ["--prompt", "a"])]
+            assert run_script("txt2img.py", argv) == 0
+        return folder / "samples/00000.png"
+
+    def picture(self):
+        """Any picture."""
+        path = self.folder / "dog.png"
+        noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+        return path
+
+    def mask(self):
+        """White on the left, as large as `picture`."""
+        path = self.folder / "mask.png"
+        Image.fromarray(np.repeat(np.uint8([[255] * 16 + [0] * 16]), 32, axis=0)).save(path)
+        return path
+
+    def prompts(self):
+        """Two prompts."""
+        path = self.folder / "prompts.txt"
+        path.write_text("a fox\n\na hen\n", encoding="utf-8")
+        return path
+
     def diffusers(self):
         """The same as a diffusers folder."""
         folder = self.folder / "sd-v1"
@@ -112,6 +142,10 @@ class Things:
 STANDS_FOR = {
     r"PATH|my_pictures": Things.pictures,
     r"FILE": Things.trained,
+    r"outputs/txt2img-samples/\S+\.png": Things.painted,
+    r"sketch\.png|dog\.png": Things.picture,
+    r"mask\.png": Things.mask,
+    r"prompts\.txt": Things.prompts,
     r"picture\.png|outputs/\S+\.png": Things.drawn,
     r"(models/ldm/stable-diffusion-v1/)?model\.ckpt": Things.official,
     r"sd-v1": Things.diffusers,
@@ -178,6 +212,9 @@ def shorten(script, argv):
             short[i + 1] = str(min(int(short[i + 1]), SHORT[flag]))
     if script in ("scripts/sample.py", "scripts/evaluate.py") and "-n" not in short and "--like" not in short:
         short += ["-n", "4"]
+    if script in PAINTERS and "--like" not in short:
+        few = {"--steps": 2, "--n_iter": 1, "--n_samples": 1} | ({"--H": 32, "--W": 32} if "txt2img" in script else {})
+        short += [str(v) for flag, n in few.items() if flag not in short for v in (flag, n)]
     if script == "scripts/sample.py" and "--steps" not in short and any(DIFFUSION & set(Path(w).parts) for w in short):
         short += ["--steps", "3"]
     return short
@@ -214,6 +251,8 @@ def test_command(command, things, tmp_path, monkeypatch, capfd):
     script, words = words[1], substitute(words[2:], things, tmp_path)
     monkeypatch.chdir(tmp_path)
     argv = shorten(script, words)
+    if script in PAINTERS:
+        shutil.copytree(things.official().parent, tmp_path / SD_PLACE, dirs_exist_ok=True)
     if {"--help", "-h"} & set(argv):
         code = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True).returncode
     elif script == "main.py":

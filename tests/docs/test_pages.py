@@ -103,7 +103,12 @@ def test_the_grid_table_is_the_code_s():
 @pytest.mark.smoke
 @pytest.mark.parametrize(
     ("module", "page"),
-    [("main", "training.md"), ("scripts.sample", "sampling.md"), ("scripts.evaluate", "evaluation.md")],
+    [
+        ("main", "training.md"),
+        ("scripts.sample", "sampling.md"),
+        ("scripts.evaluate", "evaluation.md"),
+        *((f"scripts.{name}", "stable-diffusion.md") for name in ("txt2img", "img2img", "inpaint")),
+    ],
 )
 def test_every_flag_is_explained(module, page):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")

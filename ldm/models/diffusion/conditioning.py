@@ -90,8 +90,17 @@ class Conditioning(GeneralConditions, FirstStage):
         return tuple(found)
 
     def rename_state(self, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A file's tensors under this recipe's names `own`: generative-models has others. See also `widen_input`."""
+        """A file's tensors under this recipe's names `own`: generative-models has others. See also `widen_input`.
+
+        Raises:
+            UserError: the file's noise schedule has another length, with which its network would draw nothing.
+        """
         state = for_recipe(state, own)
+        if "betas" in state and "betas" in own and len(state["betas"]) != len(own["betas"]):
+            raise UserError(
+                f"the file's noise schedule has {len(state['betas'])} steps, the config's {len(own['betas'])}: set "
+                f"model.params.timesteps to {len(state['betas'])}"
+            )
         for key in FIRST_WEIGHTS if self.widen_input else ():
             if key in state and key in own and (more := own[key].shape[1] - state[key].shape[1]) > 0:
                 rank_zero_info(f"{key}: the file has {more} input channels less; they start at zero")
@@ -268,7 +277,7 @@ class Conditioning(GeneralConditions, FirstStage):
             return cond
         raise UserError(
             f"the model is conditioned on batch[{self.cond_stage_key!r}], not on classes or prompts: "
-            "its condition comes from a data set"
+            "its condition comes from files (scripts/sample.py: --cond-from FOLDER)"
         )
 
     def _pixels(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:

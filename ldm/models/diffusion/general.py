@@ -158,7 +158,9 @@ class GeneralConditions(ClassLabels):
         elif classes is not None:
             raise UserError("the model was not trained on classes: it takes no class")
         if others := set(input_keys(conditioner)) - set(batch) - set(keys):
-            raise UserError(f"the model is conditioned on batch[{min(others)!r}]: its condition comes from a data set")
+            raise UserError(
+                f"the model is conditioned on batch[{min(others)!r}]: its condition comes from files (--cond-from)"
+            )
         other = {**batch, **{k: [negative] * n for k in keys}}
         batch |= {k: one_each(prompts, n) for k in keys}
         if AESTHETIC in other:
