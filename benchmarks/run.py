@@ -14,6 +14,7 @@ COMMANDS = (
     ["stylegan2.py"],
     ["unet.py"],
     ["txt2img.py"],
+    ["fid.py"],
 )
 
 

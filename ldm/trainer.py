@@ -30,8 +30,11 @@ MAGIC = {
             "every_n_train_steps": 10000,
             "save_weights_only": True,
         },
-    }
+    },
+    "evaluate": {"target": "ldm.evaluation.callback.Evaluate", "params": {}},
 }
+# a monitored metric with one of these in its name is better when it is higher
+RISING = ("acc", "top1", "top5", "miou", "psnr", "ssim", "agreement", "precision", "recall", "density", "coverage")
 
 
 def build_trainer(run: Run, model: pl.LightningModule, data: pl.LightningDataModule, project: str) -> pl.Trainer:
@@ -171,9 +174,7 @@ def build_model_checkpoint(
     params.setdefault("save_top_k", 1 if monitor else 0)
     if monitor:
         params.update(monitor=monitor)
-        params.setdefault(
-            "mode", "max" if any(w in monitor for w in ("acc", "top1", "top5", "miou", "psnr", "ssim")) else "min"
-        )
+        params.setdefault("mode", "max" if any(w in monitor for w in RISING) else "min")
     cls = get_obj_from_str(target)
     if not issubclass(cls, ModelCheckpoint):
         raise UserError(f"lightning.modelcheckpoint.target must be a ModelCheckpoint, got {target}")

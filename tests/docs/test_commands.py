@@ -211,12 +211,14 @@ def shorten(script, argv):
         if flag in SHORT and short[i + 1].isdigit():
             short[i + 1] = str(min(int(short[i + 1]), SHORT[flag]))
     if script in ("scripts/sample.py", "scripts/evaluate.py") and "-n" not in short and "--like" not in short:
-        short += ["-n", "4"]
+        short += ["-n", "8"]
     if script in PAINTERS and "--like" not in short:
         few = {"--steps": 2, "--n_iter": 1, "--n_samples": 1} | ({"--H": 32, "--W": 32} if "txt2img" in script else {})
         short += [str(v) for flag, n in few.items() if flag not in short for v in (flag, n)]
     if script == "scripts/sample.py" and "--steps" not in short and any(DIFFUSION & set(Path(w).parts) for w in short):
         short += ["--steps", "3"]
+    if script == "scripts/evaluate.py" and "--set" not in short and any(DIFFUSION & set(Path(w).parts) for w in short):
+        short += ["--set", "steps=3"]
     return short
 
 
@@ -259,6 +261,9 @@ def test_command(command, things, tmp_path, monkeypatch, capfd):
         code = run_training(argv, things)
     elif script == "scripts/demo.py":
         code = run_demo(argv)
+    elif script == "scripts/compare.py":  # several trainings: tests/cli/test_compare.py runs them
+        words = importlib.import_module("scripts.compare").build_parser().parse_args(argv).what
+        code = 0 if all(Path(p).is_file() for w in words if "=" not in w for p in w.split("+")) else 1
     else:
         assert re.fullmatch(r"scripts/\w+\.py", script), f"unknown program {script}"
         code = run_script(script.removeprefix("scripts/"), argv)

@@ -108,6 +108,7 @@ def test_the_grid_table_is_the_code_s():
         ("scripts.sample", "sampling.md"),
         ("scripts.evaluate", "evaluation.md"),
         *((f"scripts.{name}", "stable-diffusion.md") for name in ("txt2img", "img2img", "inpaint")),
+        ("scripts.compare", "evaluation.md"),
     ],
 )
 def test_every_flag_is_explained(module, page):

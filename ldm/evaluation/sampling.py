@@ -1,0 +1,210 @@
+"""Drawn pictures to measure: one PNG for each seed, on one device or shared out over several by a Trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ldm import generate
+from ldm.callbacks import peak_memory_mib
+from ldm.evaluation.store import write_json
+from ldm.util import UserError
+
+NAMED = 100  # classes or captions that a folder's name stands for: more pictures of the same kind go to the same folder
+
+
+def balanced(shares: Sequence[float], n: int) -> np.ndarray:
+    """Classes int64 [n] whose every beginning is as near to these shares as can be (0, 1, 2, ... if equal).
+
+    Each picture gets the class that lacks most; a longer sequence begins with the shorter one.
+    """
+    p = np.asarray(shares, np.float64) / np.sum(shares)
+    counts, chosen = np.zeros(len(p)), np.empty(n, np.int64)
+    for i in range(n):
+        chosen[i] = int(np.argmax(np.round(p * (i + 1) - counts, 9)))
+        counts[chosen[i]] += 1
+    return chosen
+
+
+class Plan:
+    """What is drawn: seeds, each with its class or caption, and where its picture goes.
+
+    Args:
+        model, info: from `generate.load_run`.
+        seeds: of the pictures.
+        knobs: of `model.sample`.
+        weights: ema, raw or None (ema where there are).
+        labels: class of each picture, or None; at least `NAMED`, however few are drawn.
+        captions: text for each picture, or None; likewise.
+        batch_size: pictures per call.
+        root: the pictures go to a folder in it that is named by everything that decides them.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        info: dict[str, Any],
+        seeds: range,
+        knobs: dict[str, Any],
+        weights: str | None,
+        labels: np.ndarray | None,
+        captions: Sequence[str] | None,
+        batch_size: int,
+        root: str | Path,
+    ) -> None:
+        self.model, self.seeds, self.batch_size = model, seeds, batch_size
+        self.knobs, self.options = generate.split_knobs(model, knobs)
+        self.scope, self.weights = generate.weights_scope(model, weights)
+        self.request = self._request(labels, captions)
+        self.labels = None if labels is None else labels[: len(seeds)]
+        first = {k: list(map(str, v[:NAMED])) for k, v in self.request.items()}
+        own = [
+            info["sha256"],
+            self.weights,
+            sorted(self.knobs.items()),
+            sorted(self.options.items()),
+            seeds.start,
+            first,
+        ]
+        name = hashlib.sha256(json.dumps(own, default=str).encode()).hexdigest()[:8]
+        self.folder = Path(root) / f"{Path(info['run']).name}-{name}"
+        self.record = {"checkpoint": info["checkpoint"], "sha256": info["sha256"], "weights": self.weights}
+
+    def _request(self, labels: np.ndarray | None, captions: Sequence[str] | None) -> dict[str, Sequence[Any]]:
+        """The first of classes, captions, nothing that this model takes."""
+        why = None
+        for request in ({"classes": labels}, {"prompts": captions}, {}):
+            if any(v is None for v in request.values()):
+                continue
+            try:
+                one = {k: [v[0] if k == "prompts" else int(v[0])] for k, v in request.items()}
+                self.model.condition([self.seeds.start], **one, **self.options)
+                return dict(request)
+            except UserError as e:
+                why = e
+        raise UserError(f"the model cannot be sampled from the data's classes or captions: {why}") from why
+
+    @property
+    def conditional(self) -> str:
+        """What the pictures are asked for by: classes, prompts, or nothing."""
+        return next(iter(self.request), "nothing")
+
+    def name(self, seed: int) -> str:
+        """The picture's file."""
+        return f"{seed:08}.png"
+
+    def names(self) -> list[str]:
+        """All files, in the order of the seeds."""
+        return [self.name(s) for s in self.seeds]
+
+    def missing(self) -> list[list[int]]:
+        """The batches with a picture that is not there yet; whole ones, so that it comes out as in an unbroken run."""
+        there = {p.name for p in self.folder.glob("*.png")}
+        all_batches = generate.batches(self.seeds, self.batch_size)
+        return [b for b in all_batches if any(self.name(s) not in there for s in b)]
+
+    def draw(self, seeds: Sequence[int]) -> Tensor:
+        """[len(seeds), C, H, W] in [-1, 1]."""
+        at = [s - self.seeds.start for s in seeds]
+        chosen = {k: [v[i] if k == "prompts" else int(v[i]) for i in at] for k, v in self.request.items()}
+        cond = self.model.condition(seeds, **chosen, **self.options)
+        return self.model.sample(cond, seeds=list(seeds), **self.knobs)
+
+
+class Drawing(pl.LightningModule):
+    """Draws the missing pictures of a plan; each process takes every world_size-th batch."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan, self.recipe = plan, plan.model
+        self.seconds, self.calls, self.batches, self.drawn = 0.0, 0, 0, 0
+        self._writer = ThreadPoolExecutor(1)  # files are written while the next batch is drawn
+        self._written: list[Future] = []
+
+    def predict_dataloader(self) -> DataLoader:
+        missing = self.plan.missing()
+        # a process without a batch would not take part: it draws the first one too
+        batches = missing[self.trainer.global_rank :: self.trainer.world_size] or missing[:1]
+        self._bar = tqdm(total=len(batches), desc="drawing", unit="batch", disable=not self.trainer.is_global_zero)
+        return DataLoader(batches, batch_size=None, collate_fn=None)
+
+    def on_predict_start(self) -> None:
+        self._started = time.perf_counter()
+        self._hooks = [m.register_forward_hook(self._count) for m in self.recipe.networks()]
+        self._counts = dict.fromkeys(map(id, self.recipe.networks()), 0)
+
+    def _count(self, module: Any, *_: Any) -> None:
+        self._counts[id(module)] += 1
+
+    def predict_step(self, seeds: list[int], batch_idx: int) -> None:
+        seeds = [int(s) for s in seeds]
+        before = dict(self._counts)
+        with torch.random.fork_rng(devices=[]):
+            x = self.plan.draw(seeds)
+        self.calls += max((n - before[k] for k, n in self._counts.items()), default=0)
+        self.drawn, self.batches = self.drawn + len(seeds), self.batches + 1
+        pictures = generate.pictures(x, self.plan.record["checkpoint"])
+        for future in self._written:
+            future.result()  # a full disk is said now
+        self._written = [self._writer.submit(self._save, seeds, pictures)]
+        self._bar.update()
+
+    def _save(self, seeds: list[int], pictures: list[Any]) -> None:
+        for seed, picture in zip(seeds, pictures, strict=True):
+            asked = {k: str(v[seed - self.plan.seeds.start]) for k, v in self.plan.request.items()}
+            settings = {**self.plan.record, **asked, "seed": seed, "knobs": self.plan.knobs}
+            generate.save_png(picture, self.plan.folder / self.plan.name(seed), settings)
+
+    def on_predict_end(self) -> None:
+        for future in self._written:
+            future.result()
+        self._writer.shutdown()
+        self._bar.close()
+        for hook in self._hooks:
+            hook.remove()
+        self.seconds = time.perf_counter() - self._started
+
+
+def draw(plan: Plan, trainer: dict[str, Any], device: str = "auto") -> bool:
+    """Draws what is missing; false in the processes that have nothing more to do.
+
+    Args:
+        trainer: arguments of the Trainer (devices, strategy, ...).
+        device: auto, cpu, cuda, mps, where `trainer` names no accelerator.
+
+    The cost of what was drawn is in `<folder>/cost.json`: seconds and network calls a picture, peak memory.
+    """
+    if not plan.missing():
+        return True
+    options = {"accelerator": generate.pick_device(device).type, "devices": 1, **trainer}
+    if options["accelerator"] == "cuda":
+        options["accelerator"] = "gpu"
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    runner = pl.Trainer(
+        **{**quiet, "enable_model_summary": False, "use_distributed_sampler": False, "barebones": False, **options}
+    )
+    module = Drawing(plan)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with plan.scope:
+        runner.predict(module, return_predictions=False)
+    if runner.is_global_zero and module.drawn:
+        cost = {
+            "seconds_per_picture": module.seconds / module.drawn / runner.world_size,
+            "network_calls_per_picture": module.calls / module.batches,
+            "peak_memory_gib": peak_memory_mib(module.recipe.device) / 1024,
+            "devices": runner.world_size,
+        }
+        write_json(plan.folder / "cost.json", cost)
+    return runner.is_global_zero

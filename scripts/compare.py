@@ -1,0 +1,201 @@
+"""Trains one run of each family within one time, measures all alike, and writes a page that compares them.
+
+python scripts/compare.py configs/autoencoder/vae_digits.yaml configs/diffusion/ddpm_digits.yaml --budget 300
+    writes report/index.html
+python scripts/compare.py configs/autoencoder/kl_digits.yaml+configs/latent-diffusion/digits_class.yaml logs/<run>
+    A+B: B is trained on the first stage A, in half of the time each; a run is taken as it is
+
+What was trained or measured already is not done again when the command is given once more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts import common  # noqa: E402
+
+METRICS = ("fid", "kid", "prc", "dc", "diversity", "sharpness", "memorisation")
+SPARE = 0.9  # share of the budget that the updates alone may take: validation and pictures take the rest
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add(
+        "what", nargs="+", metavar="CONFIG|RUN|KEY=VALUE", help="what to compare; key.path=value goes to every training"
+    )
+    add("--budget", type=float, default=300, help="seconds of training for each (default: 300)")
+    add("--steps", type=int, nargs="+", default=[10, 50, 250, 1000], help="of samplers that have steps, a row each")
+    add("-n", "--n_samples", type=int, default=1000, help="drawn pictures of each (default: 1000)")
+    add("--real", default=None, metavar="PLACE", help="real pictures, as in evaluate.py (default: those of each run)")
+    add("--features", default=None, metavar="NAME", help="feature network, as in evaluate.py")
+    add("--seed", type=int, default=23, help="of the trainings")
+    add("--title", default="The families side by side")
+    add("--outdir", default="report", help="runs, results and index.html (default: report)")
+    return parser
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def call(argv: list[str], log: Path) -> str:
+    """Runs a script of the project, its output in `log` too; a failure is told with its last lines."""
+    from ldm.util import UserError
+
+    print("$ python", *argv, flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as f:
+        code = subprocess.call([sys.executable, str(ROOT / argv[0]), *argv[1:]], stdout=f, stderr=subprocess.STDOUT)
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if code:
+        lines = [line for line in text.splitlines() if line.strip()]
+        raise UserError(f"{' '.join(argv)} failed (exit code {code}, see {log}):\n" + "\n".join(lines[-5:]))
+    return text
+
+
+def trained(config: str, budget: float, args: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
+    """Trains a config for `budget` seconds, or finds what an earlier call trained.
+
+    The number of updates is set from the time of one, so that schedules come to their end; a clock stops what would
+    take longer all the same.
+    """
+    out = Path(args.outdir)
+    name = Path(config).stem
+    place, done = out / "runs" / name, out / "runs" / f"{name}.json"
+    own = {"config": config, "budget": budget, "seed": args.seed, "extra": extra}
+    if done.is_file() and (found := json.loads(done.read_text(encoding="utf-8"))).get("asked") == own:
+        return found
+    base = ["main.py", "-b", config, "-s", str(args.seed), *extra]
+    said = call([*base, "--dry-run"], out / "logs" / f"{name}-dry.txt")
+    steps, milliseconds = re.search(r"steps +(\d+); (\d+) ms", said).groups()
+    fitting = max(1, min(int(steps), int(SPARE * budget * 1000 / max(1, int(milliseconds)))))
+    limits = [f"lightning.trainer.max_steps={fitting}", "lightning.trainer.max_epochs=-1"]
+    limits += [f"lightning.trainer.max_time={{seconds: {max(1, round(budget))}}}"]
+    before = set(place.glob("*"))
+    start = time.monotonic()
+    call([*base, "-t", "--no-test", "-l", str(place), *limits], out / "logs" / f"{name}.txt")
+    run = max(set(place.glob("*")) - before, key=lambda p: p.stat().st_mtime)
+    found = {"asked": own, "run": str(run), "name": name, "minutes": (time.monotonic() - start) / 60}
+    done.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def prepared(what: str, args: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
+    """The run of one entry of the command line."""
+    from ldm.checkpoint import find_run
+
+    if Path(what).is_dir():
+        run, _ = find_run(what)
+        return {"run": str(run), "name": run.name.partition("_")[2] or run.name, "minutes": None}
+    first, _, second = what.partition("+")
+    if not second:
+        return trained(first, args.budget, args, extra)
+    stage = trained(first, args.budget / 2, args, extra)
+    model = trained(second, args.budget / 2, args, [*extra, f"first_stage={stage['run']}"])
+    return {**model, "minutes": model["minutes"] + stage["minutes"]}
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measured(entry: dict[str, Any], args: argparse.Namespace, steps: int | None) -> dict[str, Any]:
+    """One row: a run at one number of sampler steps."""
+    from ldm.evaluation.claims import family_of
+
+    out = Path(args.outdir)
+    name = entry["name"] if steps is None else f"{entry['name']}, {steps} steps"
+    file = out / "results" / f"{entry['name']}{'' if steps is None else f'-{steps}'}.json"
+    argv = ["scripts/evaluate.py", "-r", entry["run"], "-n", str(args.n_samples), "--outdir", str(out / "evaluation")]
+    argv += ["--json", str(file), "--metrics", *METRICS, *(["agreement"] if entry["classes"] else [])]
+    for flag, value in (("--real", args.real), ("--features", args.features)):
+        argv += [flag, value] if value else []
+    argv += ["--set", f"steps={steps}"] if steps else []
+    call(argv, out / "logs" / f"{file.stem}-evaluate.txt")
+    result = json.loads(file.read_text(encoding="utf-8"))
+    cost = result["sampling"]["cost"]
+    return {
+        **{k: v for k, v in result["metrics"].items() if not isinstance(v, (list, dict))},
+        **cost,
+        "name": name,
+        "run_name": entry["name"],
+        "run": entry["run"],
+        "family": family_of(result["model"]),
+        "steps": steps,
+        "parameters": result["parameters"],
+        "trained_steps": result["global_step"],
+        "minutes": entry["minutes"],
+        "pictures": result["drawn"]["folder"],
+        "features": result["features"],
+        "result": result,
+    }
+
+
+def rows_of(entry: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each number of steps, where the model has them."""
+    from ldm.generate import knobs_of, load_run
+
+    model, info = load_run(entry["run"])
+    entry["classes"] = bool(getattr(model, "num_classes", None)) and _reads_classes(info["config"], args.features)
+    most = getattr(model, "num_timesteps", None)
+    steps = sorted({min(s, most or s) for s in args.steps}) if "steps" in knobs_of(model) else [None]
+    del model
+    return [measured(entry, args, s) for s in steps]
+
+
+def _reads_classes(config: dict[str, Any], features: str | None) -> bool:
+    """Whether the features come from a classifier of the run's classes."""
+    from ldm.evaluation.features import shipped
+
+    train = ((config.get("data") or {}).get("params") or {}).get("train") or {}
+    return bool(shipped(train.get("target"))) and features in (None, shipped(train.get("target")))
+
+
+def compare(args: argparse.Namespace) -> None:
+    from ldm.evaluation.claims import judge
+    from ldm.evaluation.page import build
+    from ldm.evaluation.store import write_json
+    from ldm.training import quieten
+    from ldm.util import UserError
+
+    quieten()
+    what = [w for w in args.what if "=" not in w]
+    extra = [w for w in args.what if "=" in w]
+    if not what:
+        raise UserError("nothing to compare: give configs or runs")
+    rows = [row for w in what for row in rows_of(prepared(w, args, extra), args)]
+    page = Path(args.outdir) / "index.html"
+    build(page, rows, judge(rows), title=args.title, **texts(args, rows))
+    write_json(Path(args.outdir) / "rows.json", [{k: v for k, v in r.items() if k != "result"} for r in rows])
+    print(page)
+
+
+def texts(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, str]:
+    """What the page says beside its figures."""
+    from ldm.evaluation.metrics import commit
+
+    features, real, first = rows[0]["features"], rows[0]["result"]["real"], rows[0]["result"]
+    data = f"{real.get('data', real.get('folder'))}, {real.get('split', 'all')}"
+    command = f"python scripts/compare.py {' '.join(args.what)} --budget {args.budget:g} -n {args.n_samples}"
+    runs = len({r["run"] for r in rows})
+    return {
+        "introduction": f"{runs} runs, each trained for at most {args.budget:g} seconds on the same machine; "
+        f"{args.n_samples:,} pictures drawn from each are compared with {real['n']:,} real ones ({data}).",
+        "features": f"Features: {features['name']} ({features['layer']}, {features['sha256'][:8]}).",
+        "footer": f"Made by: {command}. Commit {commit()}, torch {first['versions']['torch']}, {first['device']}.",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(common.main(build_parser(), compare))

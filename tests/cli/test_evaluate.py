@@ -1,0 +1,194 @@
+"""scripts/evaluate.py as a user calls it: what the result says, in several processes, killed, with wrong words."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.evaluation.features import MODELS
+from scripts import common, evaluate
+from tests.cli.tools import QUICK, config, finish, only_run, run_main, start
+
+TINY = ["model.params.unet_config.params.num_res_blocks=1", "model.params.unet_config.params.channel_mult=[1,1]"]
+TINY += [
+    "model.params.unet_config.params.attention_resolutions=[]",
+    "lightning.callbacks.image_logger.params.disabled=true",
+]
+DIGITS = str(MODELS / "classifier/digits")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A diffusion model that was hardly trained."""
+    logs = tmp_path_factory.mktemp("logs")
+    argv = ["-t", "-b", config("configs/diffusion/ddpm_digits.yaml"), "-l", logs, "--max_steps", 2, "--no-test"]
+    assert run_main(*argv, *QUICK, *TINY, "lightning.trainer.limit_val_batches=1") == 0
+    return only_run(logs)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    logs = tmp_path_factory.mktemp("logs")
+    argv = ["-t", "-b", config("configs/autoencoder/vae_digits.yaml"), "-l", logs, "--max_steps", 2, "--no-test"]
+    small = ["model.params.iwae_samples=2", "lightning.callbacks.image_logger.params.disabled=true"]
+    assert run_main(*argv, *QUICK, *small, "lightning.trainer.limit_val_batches=1") == 0
+    return only_run(logs)
+
+
+def call(monkeypatch, *argv):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, argv)])
+    return common.main(evaluate.build_parser(), evaluate.measure)
+
+
+def arguments(run, outdir, *more, n=24):
+    return ["-r", run, "-n", n, "--set", "steps=2", "--batch-size", 8, "--device", "cpu", "--outdir", outdir, *more]
+
+
+def test_the_result_says_all_it_depends_on(run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert call(monkeypatch, *arguments(run, out, "--json", tmp_path / "result.json")) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert json.loads(capsys.readouterr().out) == result
+    metrics = result["metrics"]
+    for name in ("fid", "kid", "precision", "recall", "density", "coverage", "diversity", "class_agreement", "copies"):
+        assert np.isfinite(metrics[name]), name
+    assert metrics["fid"] > 1 and metrics["copies"] == 0
+    assert result["real"]["split"] == "train" and result["real"]["n"] == 1257 and len(result["real"]["sha256"]) == 64
+    assert result["features"]["name"] == "digits" and "bicubic" in result["features"]["resize"]
+    sampling = result["sampling"]
+    assert (
+        sampling["knobs"]["steps"] == 2 and sampling["knobs"]["sampler"] == "ddim" and sampling["knobs"]["scale"] == 1
+    )
+    assert sampling["n"] == 24 and sampling["seed"] == 0 and sampling["asked_by"] == "classes"
+    assert sampling["cost"]["network_calls_per_picture"] == 2 and sampling["cost"]["seconds_per_picture"] > 0
+    assert result["weights"] == "ema" and result["commit"] and result["versions"]["torch"]
+    assert any("24 pictures for 64 features" in n for n in result["notes"])
+    assert (out / f"{sampling_folder(result)}-nearest.png").is_file()
+
+
+def sampling_folder(result):
+    return result["drawn"]["folder"].rpartition("/")[2]
+
+
+def test_classes_are_asked_for_as_often_as_the_data_has_them(run, tmp_path, monkeypatch):
+    assert call(monkeypatch, *arguments(run, tmp_path, "--metrics", "agreement", n=20)) == 0
+    folder = next((tmp_path / "pictures").iterdir())
+    asked = [int(json.loads(Image.open(p).text["ldm"])["classes"]) for p in sorted(folder.glob("*.png"))]
+    assert (np.bincount(asked, minlength=10) == 2).all()  # the digits are as good as balanced
+
+
+def test_two_processes_draw_what_one_draws(run, tmp_path):
+    flags = ["trainer.accelerator=cpu", "trainer.strategy=ddp", "trainer.devices=2"]
+    argv = arguments(run, tmp_path / "two", "--metrics", "fid", *flags, n=40)
+    code, out = finish(start("scripts/evaluate.py", *argv))
+    assert code == 0, out
+    code, one = finish(start("scripts/evaluate.py", *arguments(run, tmp_path / "one", "--metrics", "fid", n=40)))
+    assert code == 0, one
+    a, b = (sorted((tmp_path / n / "pictures").rglob("*.png")) for n in ("two", "one"))
+    assert [p.name for p in a] == [p.name for p in b] and len(a) == 40
+    assert all((np.asarray(Image.open(p)) == np.asarray(Image.open(q))).all() for p, q in zip(a, b, strict=True))
+    results = [json.loads(next((tmp_path / n).glob("*.json")).read_text()) for n in ("two", "one")]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    assert results[0]["sampling"]["cost"]["devices"] == 2
+
+
+def test_a_killed_evaluation_goes_on(run, tmp_path, monkeypatch):
+    argv = ["-r", run, "-n", 400, "--set", "steps=40", "--batch-size", 20, "--device", "cpu", "--metrics", "fid"]
+    process = start("scripts/evaluate.py", *argv, "--outdir", tmp_path / "killed")
+    folder = tmp_path / "killed/pictures"
+    while len(list(folder.rglob("*.png"))) < 20 and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kept = {p: p.stat().st_mtime_ns for p in folder.rglob("[0-9]*.png")}
+    assert 20 <= len(kept) < 400
+    n = 20 * (len(kept) // 20 + 2)  # a few batches more
+    argv[3] = n
+    assert call(monkeypatch, *argv, "--outdir", tmp_path / "killed") == 0
+    whole = [p for p in kept if int(p.stem) < 20 * (len(kept) // 20)]
+    assert whole and all(p.stat().st_mtime_ns == kept[p] for p in whole)  # not drawn again
+    assert call(monkeypatch, *argv, "--outdir", tmp_path / "whole") == 0
+    a, b = (json.loads(next((tmp_path / x).glob("*.json")).read_text())["metrics"] for x in ("killed", "whole"))
+    assert a == b
+
+
+def test_a_folder_is_measured_like_a_run(run, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, *arguments(run, tmp_path, "--metrics", "fid", "prc")) == 0
+    first = json.loads(capsys.readouterr().out)
+    folder = first["drawn"]["folder"]
+    assert call(monkeypatch, "-r", folder, "--real", run, "--metrics", "fid", "prc", "--outdir", tmp_path) == 0
+    second = json.loads(capsys.readouterr().out)
+    assert second["metrics"] == first["metrics"]
+    yaml = config("configs/diffusion/ddpm_digits.yaml")
+    argv = ["-r", folder, "--real", yaml, "--split", "validation", "--metrics", "fid", "--outdir", tmp_path]
+    assert call(monkeypatch, *argv) == 0
+    third = json.loads(capsys.readouterr().out)
+    assert third["real"]["n"] == 180 and third["metrics"]["fid"] != first["metrics"]["fid"]
+
+
+def test_a_folder_against_itself_is_at_distance_zero(run, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, *arguments(run, tmp_path, "--metrics", "fid")) == 0
+    folder = json.loads(capsys.readouterr().out)["drawn"]["folder"]
+    argv = ["-r", folder, "--real", folder, "--metrics", "fid", "prc", "--features", "digits", "--outdir", tmp_path]
+    assert call(monkeypatch, *argv) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert abs(metrics["fid"]) < 1e-3 and metrics["precision"] == metrics["recall"] == 1
+
+
+def test_an_autoencoder(vae, tmp_path, monkeypatch, capsys):
+    argv = ["-r", vae, "--metrics", "psnr", "ssim", "rfid", "bpd", "--split", "test", "--outdir", tmp_path]
+    assert call(monkeypatch, *argv) == 0
+    result = json.loads(capsys.readouterr().out)
+    metrics = result["metrics"]
+    assert 0 < metrics["psnr"] < 30 and -1 < metrics["ssim"] < 1 and metrics["rfid"] > 1
+    assert metrics["bits_per_dimension"] > 0 and "Bernoulli" in metrics["bits_per_dimension_note"]
+    assert result["real"]["n"] == 360 and "sampling" not in result
+
+
+def test_a_classifier(tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, "-r", DIGITS, "--metrics", "accuracy", "calibration", "--outdir", tmp_path) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["real"]["split"] == "test" and result["metrics"]["top1"] > 0.99
+    assert len(result["metrics"]["per_class"]) == 10 and 0 < result["metrics"]["calibration_error"] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["-r", "{run}", "--metrics", "fidd"], "--metrics fidd: expected fid, kid"),
+        (["-r", "{run}", "--metrics", "accuracy"], "--metrics accuracy cannot be measured of a DDPM, which has fid"),
+        (["-r", DIGITS, "--metrics", "fid"], "--metrics fid cannot be measured of a Classifier"),
+        (["-r", "{run}", "--metrics", "clip_score", "-n", "4"], "CLIP score needs a model that is asked by captions"),
+        (["-r", "{run}", "--split", "extra", "-n", "4"], "--split extra: the config's data has train, validation"),
+        (
+            ["-r", "{run}", "trainer.device=2"],
+            "trainer.device: the Trainer has no such setting (did you mean devices?)",
+        ),
+        (["-r", "nowhere"], "nowhere does not exist"),
+        (["-r", "{folder}"], "is a folder of pictures: give --real"),
+        (["-r", "{run}", "-n", "1"], "-n 1: expected at least 2 pictures"),
+        (["-r", "{run}", "--features", "inception"], "--features inception: neither a run nor one of"),
+        (["-r", "{run}", "--set", "stepz=3"], "--stepz: DDPM has steps"),
+    ],
+)
+def test_wrong_words(argv, message, run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("L", (16, 16)).save(folder / "a.png")
+    argv = [a.format(run=run, folder=folder) for a in argv]
+    assert (
+        call(
+            monkeypatch,
+            *argv,
+            "--outdir",
+            tmp_path / "out",
+            "--set",
+            *(["steps=2"] if "--set" not in argv else argv[-1:]),
+        )
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
