@@ -6,10 +6,11 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo digits test lint bench results smoke format
 
-demo: digits
+demo: $(STAMP)
+	$(BIN)/python scripts/demo.py
 
 digits: $(STAMP)
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/demo.py digits
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
