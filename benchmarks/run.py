@@ -12,8 +12,10 @@ COMMANDS = (
     ["overhead.py", "ddpm"],
     ["ddpm_step.py"],
     ["stylegan2.py"],
-    ["unet.py"],
-    ["txt2img.py"],
+    ["sd_unet.py"],
+    ["sd_train_step.py"],
+    ["txt2img.py", "--keep"],
+    ["sd_memory.py"],
     ["fid.py"],
 )
 

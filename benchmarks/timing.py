@@ -38,16 +38,21 @@ def report(title: str, seconds: dict[str, list[float]], ours: str) -> None:
         print(line)
 
 
-def process(command: list[str], environment: dict[str, str] | None = None) -> tuple[float, float]:
-    """(seconds, GiB that it had resident at most) of a process; pages of a mapped file count once they are read."""
+def process(command: list[str], environment: dict[str, str] | None = None, show: bool = False) -> tuple[float, float]:
+    """(seconds, GiB that it had resident at most) of a process; `show` prints what it said.
+
+    Pages of a mapped file count once they are read.
+    """
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as log:
         child = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
+        log.seek(0)
         if child.returncode:
-            log.seek(0)
             raise SystemExit(f"{' '.join(command[:3])} failed:\n{log.read()}")
+        if show:
+            print(log.read().strip())
     return time.perf_counter() - start, usage.ru_maxrss / 2**20
 
 

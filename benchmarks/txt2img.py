@@ -1,6 +1,6 @@
 """Cold start to PNG: scripts/txt2img.py and the same job as a diffusers script, full-size random Stable Diffusion v1.
 
-python benchmarks/txt2img.py --work /tmp/sd      (needs: pip install diffusers transformers accelerate; 9 GB of disk)
+python benchmarks/txt2img.py      (needs: pip install diffusers transformers accelerate; 9 GB of disk)
 
 256x256, 10 DDIM steps, guidance, fp32. Each side is a process of its own and starts from a .safetensors file; both read
 the same weights, in the official layout and in diffusers'. --keep leaves the files for the next time.
@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+WORK = Path(tempfile.gettempdir()) / "ldm-benchmark"
 PROMPT = "a photograph of an astronaut riding a horse"
 DIFFUSERS = """
 import sys
@@ -70,16 +70,10 @@ def diffusers_folder(checkpoint: Path, folder: Path) -> None:
     convert(checkpoint, "diffusers", folder, config=ROOT / "configs/stable-diffusion/v1-inference.yaml")
 
 
-def run(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
-    """(seconds, peak GiB) of a process."""
-    import time
-
-    start = time.perf_counter()
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
-        out, err = p.communicate()
-        if p.returncode:
-            raise SystemExit(f"{' '.join(command[:2])} failed:\n{out}\n{err}")
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+def clean(work: Path) -> None:
+    """Removes the weights."""
+    (work / "model.safetensors").unlink(missing_ok=True)
+    shutil.rmtree(work / "folder", ignore_errors=True)
 
 
 def sides(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
@@ -95,7 +89,7 @@ def sides(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for weights and pictures")
+    parser.add_argument("--work", type=Path, default=WORK, help=f"folder for weights and pictures ({WORK})")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--size", type=int, default=256)
@@ -104,7 +98,7 @@ def main() -> None:
     parser.add_argument("--extra", default="", help="more flags for txt2img.py")
     parser.add_argument("--keep", action="store_true", help="leave the weights on the disk")
     args = parser.parse_args()
-    from benchmarks.timing import compare, report
+    from benchmarks.timing import compare, process, report
 
     args.work.mkdir(parents=True, exist_ok=True)
     if not (args.work / "model.safetensors").exists():
@@ -113,13 +107,11 @@ def main() -> None:
         diffusers_folder(args.work / "model.safetensors", args.work / "folder")
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     commands = sides(args, args.work)
-    timed = {name: (lambda c=command: run(c, environment)[0]) for name, command in commands.items()}
+    timed = {name: (lambda c=command: process(c, environment)[0]) for name, command in commands.items()}
     title = f"txt2img from cold start, {args.size}x{args.size}, {args.steps} steps, {args.precision}"
     report(title, compare(timed, args.rounds), "ldm")
     if not args.keep:
-        for name in ("model.safetensors", "folder"):
-            path = args.work / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        clean(args.work)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,10 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, r
         return timesteps[:, None].repeat(1, dim)
     half = dim // 2
     i = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    args = timesteps[:, None].float() * torch.exp(-math.log(max_period) / half * i)
+    exponents = -math.log(max_period) / half * i
+    # the last bit of exp differs between processors, and a time of 1000 makes it visible: there it is exact
+    frequencies = exponents.double().exp().float() if i.device.type == "cpu" else exponents.exp()
+    args = timesteps[:, None].float() * frequencies
     return F.pad(torch.cat([args.cos(), args.sin()], dim=-1), (0, dim % 2))
 
 
