@@ -36,7 +36,8 @@ def paint(files, tmp_path):
 
 
 @pytest.mark.smoke
-def test_official_flags_and_defaults():
+def test_official_flags_and_defaults(monkeypatch):
+    monkeypatch.setattr(common, "SD_WEIGHTS", __file__)  # any file: Stable Diffusion is there
     flags = "--prompt --init-img --outdir --skip_grid --skip_save --ddim_steps --plms --fixed_code --ddim_eta --n_iter"
     flags += " --C --f --n_samples --n_rows --scale --strength --from-file --config --ckpt --seed --precision"
     known = img2img.build_parser().format_help()

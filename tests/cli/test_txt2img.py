@@ -55,7 +55,8 @@ LDM = {"steps": 200, "n_iter": 1, "H": 256, "W": 256, "n_samples": 4, "scale": 5
 
 
 @pytest.mark.smoke
-def test_official_flags_and_defaults():
+def test_official_flags_and_defaults(monkeypatch):
+    monkeypatch.setattr(common, "SD_WEIGHTS", __file__)  # any file: Stable Diffusion is there
     flags = "--prompt --outdir --skip_grid --skip_save --ddim_steps --plms --dpm_solver --laion400m --fixed_code"
     flags += " --ddim_eta --n_iter --H --W --C --f --n_samples --n_rows --scale --from-file --config --ckpt --seed"
     known = txt2img.build_parser().format_help()

@@ -28,10 +28,11 @@ RUNS = {
     "run": "configs/diffusion/ddpm_digits.yaml",
     "classifier_run": "configs/classifier/resnet_digits.yaml",
     "vae_run": "configs/autoencoder/vae_digits.yaml",
+    "first_stage_run": "configs/autoencoder/openmoji_kl.yaml",
 }
 DIFFUSION = {name for name, config in RUNS.items() if config.startswith("configs/diffusion/")}
 # what makes a network or an evaluation small: key of a YAML -> value
-SMALL = {"model_channels": 32, "num_res_blocks": 1, "iwae_samples": 1, "ch": 16, "batch_size": 4}
+SMALL = {"model_channels": 32, "num_res_blocks": 1, "iwae_samples": 1, "ch": 32, "batch_size": 4}
 # what makes a sampling command short: flag -> the most that is run
 SHORT = {"-n": 10, "--n_samples": 10, "--n-samples": 10, "--steps": 3, "--max_steps": 1, "--max_epochs": 1}
 SHORT |= {"--H": 32, "--W": 32}
