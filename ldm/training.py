@@ -271,7 +271,8 @@ def latent_shape(config: dict[str, Any], data: pl.LightningDataModule | None) ->
     if not {"embed_dim", "ddconfig"} <= set(params):
         return {}
     found = dict.fromkeys(("channels", "in_channels", "out_channels"), params["embed_dim"])
-    factor, size = 2 ** (len(params["ddconfig"].get("ch_mult", (1, 2, 4, 8))) - 1), getattr(data, "size", None)
+    halvings = len(params["ddconfig"].get("ch_mult", (1, 2, 4, 8))) - 1
+    factor, size = params["ddconfig"].get("patch_size", 1) * 2**halvings, getattr(data, "size", None)
     if size is None:
         return found
     sides = [size, size] if isinstance(size, int) else list(size)

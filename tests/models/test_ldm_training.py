@@ -169,7 +169,7 @@ def test_activation_checkpointing_recomputes(first, tmp_path, precision):
 
         def hook(module, inputs, output):
             if type(module).__name__ == "ResBlock" or isinstance(module, torch.nn.Linear):
-                seen.append((type(module).__name__, module.training and torch.is_grad_enabled(), output.dtype))
+                seen.append((type(module).__name__, output.dtype))
 
         handle = torch.nn.modules.module.register_module_forward_hook(hook)
         try:
@@ -182,7 +182,7 @@ def test_activation_checkpointing_recomputes(first, tmp_path, precision):
     with_, checkpointed = calls(tmp_path / "with", UNET + "use_checkpoint=true")
     blocks = [s for s in without if s[0] == "ResBlock"]
     assert len([s for s in with_ if s[0] == "Linear"]) > len([s for s in without if s[0] == "Linear"])
-    assert {s[2] for s in with_} == {s[2] for s in without} and len(blocks) >= 2
+    assert {s[1] for s in with_} == {s[1] for s in without} and len(blocks) >= 2
     for key, value in network(checkpointed).items():
         torch.testing.assert_close(value, network(plain)[key], atol=1e-4, rtol=1e-3)
 

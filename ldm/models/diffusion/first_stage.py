@@ -184,12 +184,14 @@ class FirstStage(BaseModel):
         if not isinstance(sample, Mapping) or self.first_stage_key not in sample:
             return  # a stream, or latents from disk
         x = self.pictures_of({self.first_stage_key: torch.as_tensor(sample[self.first_stage_key])[None]})
-        takes = getattr(getattr(getattr(self.first_stage_model, "encoder", None), "conv_in", None), "in_channels", None)
-        if takes not in (None, x.shape[1]):
-            raise UserError(
-                f"the first stage takes pictures with {takes} channels, the data has {x.shape[1]}: set "
-                f"data.params.channels={takes}, or take another first stage"
-            )
+        encoder = getattr(self.first_stage_model, "encoder", None)
+        if hasattr(encoder, "conv_in"):
+            takes = encoder.conv_in.in_channels // getattr(encoder, "patch_size", 1) ** 2
+            if takes != x.shape[1]:
+                raise UserError(
+                    f"the first stage takes pictures with {takes} channels, the data has {x.shape[1]}: set "
+                    f"data.params.channels={takes}, or take another first stage"
+                )
         out = self.posterior(x.to(self.first_stage_place))
         z = out.mean if isinstance(out, DiagonalGaussianDistribution) else out
         self.check_latents(z.shape[1:], fixed_size=getattr(dataset, "size", None) is not None)
