@@ -90,6 +90,20 @@ def run(argv: list[str] | None = None) -> None:
     training.start(args, [*extra, *overrides])
 
 
+def out_of_memory() -> str:
+    """What a user can do about it; the last checkpoint is whole."""
+    import torch
+
+    from ldm.callbacks import peak_memory_mib
+
+    peak = peak_memory_mib(torch.device("cuda" if torch.cuda.is_available() else "cpu")) / 1024
+    return (
+        f"out of memory (peak {peak:.1f} GiB). Lower data.params.batch_size and raise --accumulate_grad_batches by as "
+        "much; lower data.params.size; or set --precision bf16-mixed, and use_checkpoint: true in the U-Net's params. "
+        "--dry-run tries a setting in three steps, -r logs/<run> goes on from the last checkpoint"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 the machine's fault, 2 the user's, 128 + n stopped by signal n."""
     try:
@@ -97,9 +111,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as e:
+        from ldm.util import is_out_of_memory
+
         code, message = getattr(e, "exit_code", None), str(e)
         if code is None and "ldm.util.UserError: " in message:  # raised in a process that loads data
             code, message = 2, message.rpartition("ldm.util.UserError: ")[2].strip()
+        if code is None and is_out_of_memory(e):
+            code, message = 1, out_of_memory()
         if code is None:
             raise
         print(f"error: {message}" if code < 128 else message, file=sys.stderr)

@@ -374,6 +374,19 @@ def find_run(path: str | Path) -> tuple[Path, Path]:
     raise UserError(f"{path} holds no checkpoint: expected {path}/checkpoints/last.ckpt or {path}/model.ckpt")
 
 
+def find_best(path: str | Path) -> Path:
+    """The best checkpoint of a run directory by what it monitored; without one, what `find_run` finds."""
+    run, file = find_run(path)
+    if Path(path).is_dir():
+        callbacks = read(file).get("callbacks")
+        for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
+            named = state.get("best_model_path") if isinstance(state, Mapping) else None
+            best = run / "checkpoints" / Path(named or "").name  # the run may have been moved since
+            if named and state.get("monitor") and best.is_file():
+                return best
+    return file
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 

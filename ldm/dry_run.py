@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
+from torch import nn
 
 from ldm.callbacks import peak_memory_mib
-from ldm.trainer import _for_strategy
-from ldm.util import UserError
+from ldm.trainer import make_trainer
+from ldm.util import UserError, instantiate_from_config
 
 if TYPE_CHECKING:
     from ldm.training import Run
@@ -29,14 +32,12 @@ class _Clock(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if pl_module.device.type == "cuda":
-            import torch
-
             torch.cuda.synchronize(pl_module.device)
         self.seconds.append(time.perf_counter() - self._start)
 
 
 def dry_run(run: Run) -> None:
-    """Prints parameters, batch, memory, steps and ETA; writes nothing.
+    """Prints parameters, batch, memory, steps and ETA; writes nothing. What cannot fit into memory is not tried.
 
     Raises:
         UserError: whatever would stop the real run at its start.
@@ -47,28 +48,69 @@ def dry_run(run: Run) -> None:
     pl.seed_everything(run.args.seed, workers=True, verbose=False)
     run.args.train = True
     data, _ = training.build_data(run)
+    params = dict(resolve(run.merged, run.merged.config.lightning, "lightning").get("trainer") or {})
+    network = without_memory(training.model_config(run, data))
+    there = memory_available()
+    if network is not None and there is not None and (needed := memory_needed(network)) > there:
+        report_size(network)
+        say(f"memory      {needed / 2**30:.1f} GiB for weights, averages, gradients and optimiser, and activations")
+        say(f"not tried   {there / 2**30:.1f} GiB are free here; --precision bf16-true halves it, use_ema: false helps")
+        return
     model, config = training.build_model(run, data)
     model.cache_latents = None  # a dry run writes nothing
-    params = dict(resolve(run.merged, run.merged.config.lightning, "lightning").get("trainer") or {})
-    full = pl.Trainer(
-        **{**_for_strategy(dict(params)), "logger": False, "enable_checkpointing": False, "barebones": False}
-    )
+    full = make_trainer({**params, "logger": False, "enable_checkpointing": False, "barebones": False})
     training.set_learning_rate(run, model, config, full)
     clock = _Clock()
     params.update(max_steps=STEPS, max_epochs=-1, limit_val_batches=0, logger=False, enable_checkpointing=False)
     params.update(enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False)
-    trainer = pl.Trainer(**_for_strategy(params), callbacks=[clock])
+    trainer = make_trainer({**params, "callbacks": [clock]})
     trainer.fit(model, data)
     if not clock.seconds:
         raise UserError("the training set gives no batch: fewer images than data.params.batch_size?")
     report(run, trainer, model, clock.seconds[-1], data)
 
 
-def report(run: Run, trainer: pl.Trainer, model: pl.LightningModule, seconds: float, data: Any) -> None:
-    """The lines that a user decides by."""
+def without_memory(config: dict[str, Any]) -> nn.Module | None:
+    """The model on the meta device: its sizes without its numbers; None where a network needs numbers to be built."""
+    from ldm.generate import without_weights
+    from ldm.training import inline_first_stage
+
+    config = copy.deepcopy(config)
+    inline_first_stage(config)
+    try:
+        with torch.device("meta"):
+            return instantiate_from_config(without_weights({k: config[k] for k in ("target", "params") if k in config}))
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def memory_needed(model: nn.Module) -> int:
+    """Bytes of weights, averages, gradients and AdamW's two moments: no training takes less."""
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return held + sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def memory_available() -> int | None:
+    """Bytes that are free on the GPU, where there is one, or on this machine; None where the system does not tell."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            return next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return None
+
+
+def report_size(model: nn.Module) -> None:
+    """The line with the number of parameters."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"model       {type(model).__name__}: {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained")
+
+
+def report(run: Run, trainer: pl.Trainer, model: pl.LightningModule, seconds: float, data: Any) -> None:
+    """The lines that a user decides by."""
+    report_size(model)
     batch = next(iter(data.train_dataloader()))
     for key, value in batch.items():
         shape = (

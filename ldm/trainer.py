@@ -51,22 +51,36 @@ def build_trainer(run: Run, model: pl.LightningModule, data: pl.LightningDataMod
     plain = OmegaConf.to_yaml(OmegaConf.create({"lightning": config}))
     hyper_parameters = OmegaConf.to_container(OmegaConf.create(project).model.get("params") or OmegaConf.create())
     directory = callbacks.RunDirectory(run.logdir, run.now, project, plain, hyper_parameters=hyper_parameters)
+    return make_trainer(
+        {
+            "default_root_dir": str(run.logdir),
+            "use_distributed_sampler": False,  # the data module shards and remembers its place itself
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 10,
+            "enable_model_summary": False,
+            "max_epochs": 1000 if params.get("max_steps", -1) in (-1, None) else -1,
+            **params,
+            "logger": build_loggers(run, config.get("logger"), params),
+            "callbacks": build_callbacks(run, config, model, data, directory),
+            "plugins": [callbacks.AtomicCheckpointIO()],
+        }
+    )
+
+
+def make_trainer(params: Config) -> pl.Trainer:
+    """A Trainer with these arguments.
+
+    Raises:
+        UserError: they do not go together, or ask for devices that are not there.
+    """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pl.Trainer(
-            **{
-                "default_root_dir": str(run.logdir),
-                "use_distributed_sampler": False,  # the data module shards and remembers its place itself
-                "num_sanity_val_steps": 0,
-                "log_every_n_steps": 10,
-                "enable_model_summary": False,
-                "max_epochs": 1000 if params.get("max_steps", -1) in (-1, None) else -1,
-                **_for_strategy(params),
-                "logger": build_loggers(run, config.get("logger"), params),
-                "callbacks": build_callbacks(run, config, model, data, directory),
-                "plugins": [callbacks.AtomicCheckpointIO()],
-            }
-        )
+        try:
+            return pl.Trainer(**_for_strategy(params))
+        except (MisconfigurationException, TypeError, ValueError) as e:
+            raise UserError(f"lightning.trainer: {' '.join(str(e).split())}") from e
 
 
 def _for_strategy(params: Config) -> Config:

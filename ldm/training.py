@@ -231,25 +231,61 @@ def build_data(run: Run) -> tuple[pl.LightningDataModule, dict[str, Any]]:
 
 
 def build_model(run: Run, data: pl.LightningDataModule | None) -> tuple[pl.LightningModule, dict[str, Any]]:
-    """The model, with values `auto` taken from the data, and its plain config."""
-    config = resolve(run.merged, run.merged.config.model, "model")
-    for line in fill_auto(config, lambda name: getattr(data, name, None), "model"):
-        rank_zero_info(line)
+    """The model, with values `auto` taken from the data and the first stage, and its plain config."""
+    config = model_config(run, data)
     model = instantiate_from_config({k: config[k] for k in ("target", "params") if k in config})
     model.class_names = getattr(data, "class_names", None)
     inline_first_stage(config)
     return model, config
 
 
+def model_config(run: Run, data: pl.LightningDataModule | None) -> dict[str, Any]:
+    """The plain config of the model, its values `auto` filled in."""
+    config = resolve(run.merged, run.merged.config.model, "model")
+    lines = fill_auto(config, lambda name: latent_shape(config, data).get(name, getattr(data, name, None)), "model")
+    for line in dict.fromkeys(lines):
+        rank_zero_info(line)
+    return config
+
+
+def first_stage_config(config: dict[str, Any]) -> dict[str, Any] | None:
+    """{target, params} of a latent model's first stage, also where it is given as a run directory or checkpoint."""
+    stage = (config.get("params") or {}).get("first_stage_config")
+    if not isinstance(stage, str):
+        return stage
+    if stage.startswith("__"):
+        return None
+    from ldm.generate import run_config, without_weights
+
+    run, _ = checkpoint.find_run(stage)
+    return without_weights(run_config(run, checkpoint.read(checkpoint.find_best(stage)))["model"])
+
+
+def latent_shape(config: dict[str, Any], data: pl.LightningDataModule | None) -> dict[str, Any]:
+    """What `auto` means in a latent model: the first stage's channels, and the data's size through it.
+
+    Raises:
+        UserError: the pictures' size is no multiple of the first stage's factor.
+    """
+    params = (first_stage_config(config) or {}).get("params") or {}
+    if not {"embed_dim", "ddconfig"} <= set(params):
+        return {}
+    found = dict.fromkeys(("channels", "in_channels", "out_channels"), params["embed_dim"])
+    halvings = len(params["ddconfig"].get("ch_mult", (1, 2, 4, 8))) - 1
+    factor, size = params["ddconfig"].get("patch_size", 1) * 2**halvings, getattr(data, "size", None)
+    if size is None:
+        return found
+    sides = [size, size] if isinstance(size, int) else list(size)
+    if any(side % factor for side in sides):
+        raise UserError(f"data.params.size: got {size}, expected a multiple of {factor}, as the first stage needs")
+    latent = [side // factor for side in sides]
+    return {**found, "image_size": latent[0] if isinstance(size, int) else latent}
+
+
 def inline_first_stage(config: dict[str, Any]) -> None:
     """Replaces a first stage given as a path by that run's config: the weights are in this run's checkpoints."""
     params = config.get("params") or {}
-    path = params.get("first_stage_config")
-    if isinstance(path, str) and not path.startswith("__"):
-        from ldm.generate import run_config, without_weights
-
-        run, file = checkpoint.find_run(path)
-        first = without_weights(run_config(run, checkpoint.read(file))["model"])
+    if isinstance(params.get("first_stage_config"), str) and (first := first_stage_config(config)) is not None:
         own = first.get("params") or {}
         own |= {"lossconfig": {"target": "torch.nn.Identity"}} if "lossconfig" in own else {}
         own |= {"use_ema": False} if "use_ema" in own else {}  # the averaged weights are the weights now

@@ -393,3 +393,13 @@ def ismap(x: Any) -> bool:
 def isimage(x: Any) -> bool:
     """A [B, 1|3, H, W] tensor."""
     return getattr(x, "ndim", 0) == 4 and x.shape[1] in (1, 3)
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has a class for it, the CPU's allocator only a text."""
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)

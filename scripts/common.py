@@ -13,7 +13,6 @@ from typing import Any
 # --- running ----------------------------------------------------------------------------------------------------------
 
 KNOBS = "lower --batch-size or the size, or use --precision bf16"  # what costs memory
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def main(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], None], knobs: str = KNOBS) -> int:
@@ -25,6 +24,8 @@ def main(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace],
         print("\nstopped; finished pictures stay", file=sys.stderr)
         return 130
     except Exception as e:
+        from ldm.util import is_out_of_memory
+
         code = getattr(e, "exit_code", None)
         if code is None and is_out_of_memory(e):
             e, code = MemoryError(f"out of memory (peak {peak_memory():.1f} GiB): {knobs}"), 1
@@ -45,13 +46,6 @@ def paint_main(parser: argparse.ArgumentParser, action: Callable[[argparse.Names
         action(args)
 
     return main(parser, lean, PAINT_KNOBS)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has a class for it, the CPU's allocator only a text."""
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def peak_memory() -> float:

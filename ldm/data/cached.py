@@ -144,13 +144,26 @@ def _probes(dataset: ImageDataset) -> np.ndarray:
 
 
 def fingerprint(dataset: ImageDataset, identity: str) -> str:
-    """Sixteen digits that change with the first stage, the files, their order, number, size and cut."""
+    """Sixteen digits that change with the first stage, the files, their order, number, length, size and cut."""
     probes = _probes(dataset)
     pictures, _ = dataset.arrays(probes, 0, uniforms(0, probes))
     names = getattr(getattr(dataset, "entries", None), "names", [])
     sha = hashlib.sha256(repr((identity, len(dataset), dataset.size, variants(dataset), list(names))).encode())
+    sha.update(repr(file_sizes(dataset)).encode())
     sha.update(pictures["image"].numpy().tobytes())
     return sha.hexdigest()[:16]
+
+
+def file_sizes(dataset: ImageDataset) -> list[int]:
+    """Bytes of each picture file (or of the zip): a picture that was edited nearly always has another length.
+
+    Unlike times of change, lengths stay when the folder is copied to another disk.
+    """
+    source, entries = getattr(dataset, "source", None), getattr(dataset, "entries", None)
+    if source is None or entries is None:
+        return []
+    paths = [source.path] if hasattr(source, "path") else [source.where(name) for name in entries.names]
+    return [os.path.getsize(path) if os.path.isfile(path) else -1 for path in paths]
 
 
 def _create(dataset: ImageDataset, folder: Path, encode: Encode, split: str) -> None:

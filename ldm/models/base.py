@@ -133,7 +133,7 @@ class BaseModel(Module):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss, logs = self.shared_step(batch)
-        self.log_dict({f"train/{_bare(k)}": v.detach() for k, v in logs.items()}, batch_size=self._size(batch))
+        self.log_dict({self.log_name("train", k): v.detach() for k, v in logs.items()}, batch_size=self._size(batch))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -148,7 +148,12 @@ class BaseModel(Module):
             with self.ema_scope():
                 _, averaged = self.shared_step(batch)
             logs = {**logs, **{f"{k}_ema": v for k, v in averaged.items()}}
-        self.log_dict({f"{split}/{_bare(k)}": v for k, v in logs.items()}, batch_size=self._size(batch), sync_dist=True)
+        logs = {self.log_name(split, k): v for k, v in logs.items()}
+        self.log_dict(logs, batch_size=self._size(batch), sync_dist=True)
+
+    def log_name(self, split: str, name: str) -> str:
+        """`split/name`, whether or not the name has a split already, as those of official `shared_step`s do."""
+        return f"{split}/{name.rpartition('/')[2]}"
 
     @staticmethod
     def _size(batch: dict[str, Any]) -> int:
@@ -238,8 +243,3 @@ class BaseModel(Module):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.class_names = checkpoint.get("class_names")
         self._saved_learning_rate = checkpoint.get("learning_rate")
-
-
-def _bare(name: str) -> str:
-    """A log name without the split that official `shared_step`s put before it."""
-    return name.rpartition("/")[2]

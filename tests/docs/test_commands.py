@@ -29,8 +29,12 @@ RUNS = {
     "classifier_run": "configs/classifier/resnet_digits.yaml",
     "vae_run": "configs/autoencoder/vae_digits.yaml",
     "first_stage_run": "configs/autoencoder/openmoji_kl.yaml",
+    "first_run": "configs/autoencoder/kl_digits.yaml",
+    "latent_run": "configs/latent-diffusion/digits_class.yaml",
+    "folder_run": "configs/autoencoder/kl_folder.yaml",
 }
-DIFFUSION = {name for name, config in RUNS.items() if config.startswith("configs/diffusion/")}
+DIFFUSION = {name for name, config in RUNS.items() if "diffusion/" in config}
+FIRST_STAGE = {"latent_run": "first_run"}  # the run that another one starts from
 # what makes a network or an evaluation small: key of a YAML -> value
 SMALL = {"model_channels": 32, "num_res_blocks": 1, "iwae_samples": 1, "ch": 32, "batch_size": 4}
 # what makes a sampling command short: flag -> the most that is run
@@ -63,6 +67,10 @@ class Things:
         if name not in self.runs:
             yaml = str(ROOT / RUNS[name])
             argv = ["-t", "-b", yaml, "-l", self.folder / name, "--max_steps", 2, "--no-test", *small([yaml])]
+            if "root: ???" in Path(yaml).read_text(encoding="utf-8"):
+                argv.append(f"data.params.root={self.pictures()}")
+            if name in FIRST_STAGE:
+                argv.append(f"first_stage={self.run(FIRST_STAGE[name])}")
             assert run_main(*argv) == 0
             self.runs[name] = only_run(self.folder / name)
         return self.runs[name]
@@ -72,7 +80,7 @@ class Things:
         return Path(shutil.copytree(self.run(name), place / "logs" / name, dirs_exist_ok=True))
 
     def pictures(self):
-        """A folder with three classes of eight pictures."""
+        """A folder with three classes of eight pictures with captions."""
         folder = self.folder / "my_pictures"
         if not folder.exists():
             rng = np.random.default_rng(0)
@@ -80,6 +88,7 @@ class Things:
                 path = folder / ("cat", "dog", "ship")[i % 3] / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path)
+                path.with_suffix(".txt").write_text(f"picture {i} of a {path.parent.name}", encoding="utf-8")
         return folder
 
     def trained(self):

@@ -47,12 +47,32 @@ def pictures(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def first_stage(pictures, tmp_path_factory):
+    """A run of kl_folder.yaml for pictures with so many channels."""
+    runs = {}
+
+    def run(channels):
+        if channels not in runs:
+            path, logs = ROOT / "configs/autoencoder/kl_folder.yaml", tmp_path_factory.mktemp("first")
+            argv = ["-t", "-b", path, "-l", logs, "--max_steps", 1, *QUICK, "data.params.batch_size=4", "--no-test"]
+            argv += [f"data.params.root={pictures}", f"data.params.size={SIZE}", f"data.params.channels={channels}"]
+            assert run_main(*argv, *shrink(path), "lightning.callbacks.image_logger.params.disabled=true") == 0
+            runs[channels] = only_run(logs)
+        return runs[channels]
+
+    return run
+
+
 @pytest.mark.parametrize("path", TRAINABLE, ids=lambda p: str(p.relative_to(ROOT / "configs")))
-def test_two_steps_pictures_and_samples(path, pictures, tmp_path):
+def test_two_steps_pictures_and_samples(path, pictures, first_stage, tmp_path):
     argv = ["-t", "-b", path, "-l", tmp_path, "--max_steps", 2, *QUICK, "data.params.batch_size=4", "--no-test"]
     argv += [f"data.params.root={pictures}", f"data.params.size={SIZE}", *shrink(path)]
     argv += ["lightning.callbacks.image_logger.params.batch_frequency=2", "lightning.trainer.limit_val_batches=1"]
     argv += ["lightning.callbacks.image_logger.params.increase_log_steps=false", "--limit_train_batches", 4]
+    config = load_yaml(path)
+    if "first_stage_config: ???" in path.read_text(encoding="utf-8"):
+        argv.append(f"first_stage={first_stage(config.data.params.get('channels', 3))}")
     assert run_main(*argv) == 0
     run = only_run(tmp_path)
     assert (run / "checkpoints/last.ckpt").is_file()

@@ -337,7 +337,7 @@ def test_condition_of_texts():
     for options in ({"classes": [1]}, {"prompts": ["a", "b", "c"]}, {"prompts": ["a"], "clip_skip": 9}):
         with pytest.raises(UserError):
             model.condition([0, 1], **options)
-    with pytest.raises(UserError, match="data set"):
+    with pytest.raises(UserError, match="from files"):
         tiny(**CONDITIONS["concat"]).condition([0])
 
 
@@ -600,7 +600,7 @@ def test_layout_to_image():
     model._trainer = None
     with pytest.raises(UserError, match="coordinates_bbox"):
         Layout2ImgDiffusion(**options, cond_stage_key="caption")
-    with pytest.raises(UserError, match="data set"):
+    with pytest.raises(UserError, match="from files"):
         model.condition([0])
 
 

@@ -58,12 +58,21 @@ class Conditioning(GeneralConditions, FirstStage):
                 self.filled_stages.add("cond_stage_model")
             if not self.cond_stage_trainable:
                 self.cond_stage_model.eval().requires_grad_(False)
+            self._check_trainable(self.cond_stage_model)
         if isinstance(self.cond_stage_model, ClassEmbedder):
             rows = self.cond_stage_model.embedding.num_embeddings
             self.has_null_class = self.cond_dropout > 0 or rows == IMAGENET_AND_NULL
             self.num_classes = rows - self.has_null_class
         elif isinstance(self.cond_stage_model, GeneralConditioner):
             self._init_general(self.cond_stage_model)
+
+    def _check_trainable(self, conditioner: nn.Module) -> None:
+        trained = [p.requires_grad for p in conditioner.parameters()]
+        if self.cond_stage_trainable and trained and not any(trained):
+            raise UserError(
+                f"cond_stage_trainable: {type(conditioner).__name__} freezes itself, so that nothing would be trained: "
+                "set model.params.cond_stage_config.params.freeze=false, or cond_stage_trainable: false"
+            )
 
     def _init_general(self, conditioner: GeneralConditioner) -> None:
         if self.cond_dropout:

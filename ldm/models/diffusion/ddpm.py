@@ -243,6 +243,10 @@ class DDPM(ClassLabels, TabledDiffusion):
         total, logs = self.shared_step(batch)
         return total, {name.rpartition("/")[2]: value for name, value in logs.items()}
 
+    def log_name(self, split: str, name: str) -> str:
+        """The official names: `logvar` belongs to no split."""
+        return name if name in ("logvar", "logvar_ema") else super().log_name(split, name)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
         self.log("global_step", float(self.global_step))

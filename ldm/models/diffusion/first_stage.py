@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class FirstStage(BaseModel):
     scale_factor: Tensor | float
     channels: int  # of the latents
     cache_latents: str | None = None  # folder where the latents of the data are kept
+    chunk: int | None = None  # pictures that the first stage takes at a time; None = the whole batch
     missing_weights: str | None = None  # a file that the config names and that is not there
 
     def init_first_stage(self, config: Mapping[str, Any] | str, scale_factor: float | str, scale_by_std: bool) -> None:
@@ -59,10 +60,13 @@ class FirstStage(BaseModel):
         self.register_load_state_dict_post_hook(_weights_came)
 
     def first_stage_of_run(self, path: str) -> nn.Module:
-        """The first stage of a run directory or checkpoint, with averaged weights where there are some."""
+        """The first stage of a run directory (its best checkpoint) or a checkpoint file, with averaged weights where
+        there are some."""
+        from ldm.checkpoint import find_best
         from ldm.generate import load_run
 
-        model, _ = load_run(path)
+        file = find_best(path)
+        model, info = load_run(file)
         if not (hasattr(model, "encode") and hasattr(model, "decode")):
             raise UserError(f"first stage {path} is a {type(model).__name__}, expected an autoencoder")
         if isinstance(model, BaseModel) and model.use_ema:
@@ -70,6 +74,7 @@ class FirstStage(BaseModel):
             del model.model_ema
         if "loss" in model._modules:  # perceptual network and discriminator have done their work
             model._modules["loss"] = nn.Identity()
+        rank_zero_info(f"first stage: {type(model).__name__} of {file}, step {info['global_step']}")
         return model
 
     def instantiate_first_stage(self, config: Mapping[str, Any]) -> nn.Module:
@@ -148,21 +153,56 @@ class FirstStage(BaseModel):
         """A batch's scaled latents [B, c, h, w], float32: its pictures encoded, or from `cache_latents`."""
         if LATENTS not in batch:
             return self.get_first_stage_encoding(self.posterior(self.pictures_of(batch)))
+        return self.get_first_stage_encoding(self._cached(batch))
+
+    def _cached(self, batch: Mapping[str, Any]) -> DiagonalGaussianDistribution | Tensor:
+        """What `posterior` gave for the batch's pictures."""
         z = batch[LATENTS].contiguous(memory_format=torch.channels_last)  # as the first stage gives them
-        gaussian = z.shape[1] == 2 * self.channels
-        return self.get_first_stage_encoding(DiagonalGaussianDistribution(z) if gaussian else z)
+        return DiagonalGaussianDistribution(z) if z.shape[1] == 2 * self.channels else z
 
     # --- latents on disk ----------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        data = self.trainer.datamodule
+        self.check_first_picture(getattr(data, "datasets", {}).get("train"))
         if self.cache_latents is None:
             return
         self.check_cacheable()
-        data = self.trainer.datamodule
         if not hasattr(data, "cache_latents"):
             raise UserError("cache_latents needs the data of main.DataModuleFromConfig")
         data.cache_latents(self.cache_latents, self._moments, self._digest())
+
+    @torch.no_grad()
+    def check_first_picture(self, dataset: Any) -> None:
+        """Encodes one training picture, so that a first stage that does not fit is met before the first step.
+
+        Raises:
+            UserError: it takes other pictures, or makes other latents than the network is for.
+        """
+        sample = dataset[0] if hasattr(dataset, "__getitem__") else None
+        if not isinstance(sample, Mapping) or self.first_stage_key not in sample:
+            return  # a stream, or latents from disk
+        x = self.pictures_of({self.first_stage_key: torch.as_tensor(sample[self.first_stage_key])[None]})
+        encoder = getattr(self.first_stage_model, "encoder", None)
+        if hasattr(encoder, "conv_in"):
+            takes = encoder.conv_in.in_channels // getattr(encoder, "patch_size", 1) ** 2
+            if takes != x.shape[1]:
+                raise UserError(
+                    f"the first stage takes pictures with {takes} channels, the data has {x.shape[1]}: set "
+                    f"data.params.channels={takes}, or take another first stage"
+                )
+        out = self.posterior(x.to(self.first_stage_place))
+        z = out.mean if isinstance(out, DiagonalGaussianDistribution) else out
+        self.check_latents(z.shape[1:], fixed_size=getattr(dataset, "size", None) is not None)
+
+    def check_latents(self, shape: Sequence[int], fixed_size: bool = False) -> None:
+        """Raises UserError where latents (c, h, w) are not what the network is for; fixed_size: all have that size."""
+        if len(shape) != 3 or shape[0] != self.channels:
+            raise UserError(
+                f"the first stage makes latents {list(shape)}, expected [{self.channels}, h, w]: "
+                "set model.params.channels (and the network's in_channels and out_channels) to match"
+            )
 
     def check_cacheable(self) -> None:
         """Raises UserError where pictures are needed for more than their latents."""
@@ -194,7 +234,7 @@ class FirstStage(BaseModel):
             # neither the order of the data nor the noise of the run depends on whether the scale was measured
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 batches = (self.transfer_batch_to_device(b, self.device, 0) for b in self.trainer.train_dataloader)
-                self.measure_scale(batches, MEASURED_IMAGES)
+                self.measure_scale(batches, -(-MEASURED_IMAGES // self.trainer.world_size))
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """The official rule: 1 / standard deviation of the first batch's latents, unless a checkpoint brought one."""
@@ -204,23 +244,41 @@ class FirstStage(BaseModel):
 
     @torch.no_grad()
     def measure_scale(self, batches: Any, images: int) -> None:
-        """Sets `scale_factor` from at least so many images (or all that there are)."""
-        seen, moments = 0, torch.zeros(3, dtype=torch.float64)
+        """Sets `scale_factor` from at least so many images of each process (or all that there are).
+
+        The official rule takes a sample of each posterior; otherwise its variance is counted, and nothing is drawn.
+        """
+        moments = torch.zeros(4, dtype=torch.float64)  # images, numbers, their sum, the sum of their squares
         for batch in batches:
-            z = self.latents_of(batch).cpu().double()
-            moments += torch.stack([torch.ones_like(z).sum(), z.sum(), (z**2).sum()])
-            seen += len(z)
-            if seen >= images:
+            for out in self._posteriors(batch):
+                z, variance = out, 0.0
+                if isinstance(out, DiagonalGaussianDistribution):
+                    z, variance = (out.sample(), 0.0) if self.scale_by_std else (out.mean, out.var.cpu().double())
+                z = z.cpu().double()
+                squares = (z**2 + variance).sum()
+                moments += torch.stack([z.new_tensor(len(z)), z.new_tensor(z.numel()), z.sum(), squares])
+            if moments[0] >= images:
                 break
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             moments = moments.to(self.scale_factor.device)
             torch.distributed.all_reduce(moments)
-        n, total, squares = moments.tolist()
+        seen, n, total, squares = moments.tolist()
         scale = ((squares - total**2 / n) / (n - 1)) ** -0.5
         self.scale_factor.fill_(scale)
-        rank_zero_info(f"scale_factor {scale:.5f} = 1 / standard deviation of the latents of {seen} training images")
+        rank_zero_info(
+            f"scale_factor {scale:.5f} = 1 / standard deviation of the latents of {seen:.0f} training images"
+        )
         for logger in self.loggers:
             logger.log_metrics({"scale_factor": scale}, step=0)
+
+    def _posteriors(self, batch: Mapping[str, Any]) -> Iterator[DiagonalGaussianDistribution | Tensor]:
+        """What the first stage makes of a batch, in the parts that fit into memory."""
+        if LATENTS in batch:
+            yield self._cached(batch)
+            return
+        x = self.pictures_of(batch)
+        for part in x.split(self.chunk or len(x)):
+            yield self.posterior(part)
 
 
 def dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:

@@ -97,6 +97,16 @@ class LatentDiffusion(Conditioning, LatentLoops, DDPM):
         if self.cond_dropout and key in (None, "concat"):
             raise UserError(f"cond_dropout does not apply to conditioning_key {key}: there is no null condition")
 
+    def check_latents(self, shape: Sequence[int], fixed_size: bool = False) -> None:
+        super().check_latents(shape, fixed_size)
+        height, width = shape[1:]
+        if fixed_size and (height, width) != pair(self.image_size):
+            size = height if height == width else [height, width]
+            raise UserError(
+                f"the first stage makes latents of {height} x {width} of the training pictures, but image_size says "
+                f"{self.image_size}: set model.params.image_size={size} (or auto), or another data.params.size"
+            )
+
     def check_cacheable(self) -> None:
         if self.conditioning_key is not None and (self.concat_keys or self.cond_stage_key == self.first_stage_key):
             raise UserError("cache_latents: this model's condition is made of the pictures, which are then not read")
@@ -143,11 +153,7 @@ class LatentDiffusion(Conditioning, LatentLoops, DDPM):
         batch = batch if bs is None else {key: v[:bs] for key, v in batch.items()}
         x = None if LATENTS in batch else super().get_input(batch, k)
         z = self.latents_of(batch).detach()
-        if z.ndim != 4 or z.shape[1] != self.channels:
-            raise UserError(
-                f"the first stage makes latents {list(z.shape[1:])}, expected [{self.channels}, h, w]: "
-                "set model.params.channels (and the network's in_channels and out_channels) to match"
-            )
+        self.check_latents(z.shape[1:])
         c = xc = None
         if self.conditioning_key is not None:
             c = xc = self.condition_input(batch, x, cond_key or self.cond_stage_key)
@@ -326,12 +332,13 @@ class LatentDiffusion(Conditioning, LatentLoops, DDPM):
             return {"conditioning": log_txt_as_img(size, xc)}
         if key == "class_label":
             return {"conditioning": class_pictures(batch, key, self.class_names, size)[: len(x)]}
+        pictures = {"original_conditioning": to_rgb(xc)} if ismap(xc) else {}
         if callable(getattr(self.cond_stage_model, "decode", None)) and isinstance(c, Tensor) and c.ndim == 4:
             latents = c[:, : self.channels]  # maps of concat_keys follow
-            return {"conditioning": self.cond_stage_model.decode(latents).clamp(-1, 1)}
-        if isimage(xc):
-            return {"conditioning": xc}
-        return {"original_conditioning": to_rgb(xc)} if ismap(xc) else {}
+            pictures["conditioning"] = self.cond_stage_model.decode(latents).clamp(-1, 1)
+        elif isimage(xc):
+            pictures["conditioning"] = xc
+        return pictures
 
 
 class Layout2ImgDiffusion(LatentDiffusion):
