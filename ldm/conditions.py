@@ -28,12 +28,12 @@ def samples_of(model: Any, config: Mapping[str, Any], where: str) -> Samples:
     Raises:
         UserError: nothing there.
     """
-    if where == DATA and not Path(where).is_dir():
-        data = validation_data(config)
-        return len(data), lambda i: dict(data[i])
     layouts = reads_layouts(model)
     endings, what = ((".json",), "layouts (.json)") if layouts else (ENDINGS, "pictures")
     files = sorted(p for p in Path(where).glob("*") if p.suffix.lower() in endings and not p.stem.endswith("_mask"))
+    if where == DATA and not files:  # a folder of that name is where data sets are kept
+        data = validation_data(config)
+        return len(data), lambda i: dict(data[i])
     if not files:
         raise UserError(f"--cond-from {where}: expected a folder with {what}, or `{DATA}` for the validation data")
     if layouts:
