@@ -10,12 +10,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm import generate
+from ldm import generate, text2image
 from ldm.util import UserError, accepted_params, get_obj_from_str
 
 WEIGHTS, CONFIG, FIRST_STAGE = "model.safetensors", "config.yaml", "first_stage"
 STAGE = "first_stage_model."
-TRAINING = ("scheduler_config", "optimizer_config", "ema_decay", "monitor", "cache_latents", "use_ema")
+TRAINING = ("optimizer_config", "ema_decay", "monitor", "cache_latents")
 
 
 def release(
@@ -53,7 +53,7 @@ def release(
     if hasattr(model, "first_stage_model"):
         first = {k.removeprefix(STAGE): v for k, v in state.items() if k.startswith(STAGE)}
         state = {k: v for k, v in state.items() if not k.startswith(STAGE)}
-        stage = bare(generate.without_weights(params["first_stage_config"]))
+        stage = bare(params["first_stage_config"])
         written += write(folder / FIRST_STAGE, first, {"model": stage}, half)
         stage["params"]["ckpt_path"] = (folder / FIRST_STAGE / WEIGHTS).as_posix()
         params["first_stage_config"] = stage
@@ -67,7 +67,7 @@ def release(
 
 def bare(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a model without what only training needs; a vocabulary as one line."""
-    params = {k: v for k, v in (config.get("params") or {}).items() if k not in TRAINING}
+    params = {k: v for k, v in text2image.bare(dict(config.get("params") or {})).items() if k not in TRAINING}
     if "use_ema" in (accepted_params(get_obj_from_str(config["target"])) or {}):
         params["use_ema"] = False
     text = params.get("cond_stage_config")

@@ -86,7 +86,7 @@ def save(run: Path, file: Path) -> None:
     from ldm.util import image_grid, log_txt_as_img
 
     rows: list[Any] = [log_txt_as_img((64, 24), PROMPTS, size=9)]
-    rows[0] = torch.nn.functional.pad(rows[0], (0, 0, 20, 20), value=1.0)
+    rows[0] = torch.nn.functional.pad(rows[0], (0, 0, 40, 0), value=1.0)
     for path in (run, SHIPPED):
         model, _ = generate.load_run(path)
         seeds = list(range(len(PROMPTS)))

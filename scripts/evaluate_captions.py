@@ -42,8 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from ldm import caption_fidelity, generate
+    from ldm import generate
     from ldm.data.openmoji import OpenMoji
+    from ldm.evaluation import captions
     from ldm.util import UserError, image_grid
 
     device = generate.pick_device(args.device)
@@ -61,20 +62,18 @@ def evaluate(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     scope, weights = generate.weights_scope(model, args.weights)
     with scope:
-        drawn = caption_fidelity.draw(model, prompts, args.batch_size, args.seed, knobs)
+        drawn = captions.draw(model, prompts, args.batch_size, args.seed, knobs)
         seconds = time.perf_counter() - began
-        result: dict[str, Any] = {
-            "first_stage": caption_fidelity.reconstruction(model, caption_fidelity.images_of(data))
-        }
-        result["fidelity"] = caption_fidelity.fidelity(model, drawn, prompts, data)
+        result: dict[str, Any] = {"first_stage": captions.first_stage(model, captions.images_of(data))}
+        result["fidelity"] = captions.fidelity(model, drawn, prompts, data)
         result["fidelity"]["seconds_per_picture"] = seconds / len(prompts)
         if params.get("colors"):
             held_out = OpenMoji(**{**shape, **params, "split": "validation"})
-            asked = caption_fidelity.draw(
+            asked = captions.draw(
                 model, [c[0] for c in held_out.captions], args.batch_size, args.seed + len(prompts), knobs
             )
             everything = OpenMoji(**{**shape, **params, "split": "all"})
-            result["composition"] = caption_fidelity.composition(asked, held_out, everything)
+            result["composition"] = captions.composition(asked, held_out, everything)
     result |= {"run": info["checkpoint"], "sha256": info["sha256"], "weights": weights, "seed": args.seed, **knobs}
     result |= generate.versions()
     if not args.quiet:

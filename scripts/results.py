@@ -32,6 +32,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
 SENTENCES = {
     "class_agreement": "{value:.1%} of {n:,} drawn pictures are read as the class asked for",
     "acc1": "{value:.1%} of {n:,} test pictures are right",
+    "caption_fidelity": "{value:.1%} of {n:,} captions give the drawing they name",
     "elbo": "ELBO of {n:,} test pictures: {value:.1f} nats",
     "psnr": "PSNR of {n:,} reconstructions: {value:.1f} dB",
     "miou": "mean IoU of {n:,} test pictures: {value:.1%}",

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.base import CAPTION, ArrayDataset, Size, check_channels, data_dir, parse_size, resize_arrays
@@ -252,14 +250,3 @@ def check_groups(groups: str | Sequence[str] | None) -> list[str]:
         if name not in known:
             raise UserError(f"groups: got {name!r}{suggest(str(name), known)}, expected some of {', '.join(known)}")
     return chosen
-
-
-def nearest(x: Tensor, pictures: Tensor, chunk: int = 256) -> tuple[Tensor, Tensor]:
-    """For each of x [N, ...] the nearest of pictures [M, ...]: (index int64 [N], mean squared difference [N])."""
-    flat, found = pictures.flatten(1).float(), []
-    squares = (flat**2).sum(1)
-    for part in x.flatten(1).float().split(chunk):
-        distance = (part**2).sum(1, keepdim=True) - 2 * part @ flat.T + squares
-        found.append(distance.min(dim=1))
-    index = torch.cat([f.indices for f in found])
-    return index, torch.cat([f.values for f in found]).clamp(min=0) / flat.shape[1]

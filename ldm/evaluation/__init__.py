@@ -9,6 +9,7 @@ store.py           features of a set, kept on disk
 sampling.py        drawn pictures, on one device or several
 quality.py         what is seen in the pictures: classes, sharpness, nearest training images
 reconstruction.py  autoencoders
+captions.py        text-to-image models of captioned drawings
 recognition.py     classifiers, with corruptions.py
 likelihood.py      bits per dimension
 callback.py        a small evaluation while a model trains

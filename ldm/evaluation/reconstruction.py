@@ -40,7 +40,7 @@ def reconstruction(
         x = batch.to(device).float() / 127.5 - 1
         y = ((reconstruct(model, x) + 1) * 127.5).round() / 127.5 - 1
         for name in sums:
-            sums[name] += float(_each(name, y, x, distance).double().sum())
+            sums[name] += float(of_each(name, y, x, distance).double().sum())
         if folder is not None:
             for i, picture in enumerate(generate.pictures(y, str(folder)), start):
                 generate.save_png(picture, folder / f"{i:08}.png", {"reconstruction": i})
@@ -48,8 +48,8 @@ def reconstruction(
     return {name: total / start for name, total in sums.items()}
 
 
-def _each(name: str, y: Tensor, x: Tensor, distance: LPIPS | None) -> Tensor:
-    """The metric of each pair, [B]."""
+def of_each(name: str, y: Tensor, x: Tensor, distance: LPIPS | None = None) -> Tensor:
+    """psnr (dB), ssim or lpips of each pair of pictures [B, C, H, W] in [-1, 1], [B]."""
     if distance is not None and name == "lpips":
         return distance(y.expand(-1, 3, -1, -1), x.expand(-1, 3, -1, -1)).flatten()
     if name == "ssim":  # of brightnesses from 0 on: its first term compares means, which may not be near 0

@@ -171,6 +171,21 @@ DATA = {
 }
 
 
+def test_data_is_the_validation_data_though_data_sets_are_kept_in_a_folder_of_that_name(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from ldm import conditions
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    digits = {"target": "ldm.data.builtin.Digits", "params": {"split": "validation", "size": 8}}
+    config = {"target": "main.DataModuleFromConfig", "params": {"batch_size": 2, "validation": digits}}
+    count, get = conditions.samples_of(SimpleNamespace(), {"data": config}, "data")
+    assert count == 180 and get(3)["image"].shape == (8, 8, 1)
+    Image.new("RGB", (8, 8)).save(tmp_path / "data/one.png")  # now it is a folder with pictures
+    assert conditions.samples_of(SimpleNamespace(), {"data": config}, "data")[0] == 1
+
+
 @pytest.mark.parametrize("name", ["class", "adm", "inpainting"])
 def test_conditions_from_the_validation_data(model, sample, name):
     out = sample("-r", model(name, data=DATA), "-n", 2, "--cond-from", "data")

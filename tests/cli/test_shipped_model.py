@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data import openmoji
 from ldm.data.builtin import OpenMoji
+from ldm.evaluation.captions import nearest
 from scripts import common
 from tests.cli.painting import run
 
@@ -38,7 +38,7 @@ def caption_of(file, data):
     """The captions of the drawing that a picture is nearest to."""
     x = torch.tensor(np.asarray(Image.open(file)))[None].float()
     assert x.shape == (1, 64, 64, 3)
-    return data.captions[int(openmoji.nearest(x, data.images)[0])]
+    return data.captions[int(nearest(x, data.images.float()))]
 
 
 @pytest.mark.smoke

@@ -94,12 +94,6 @@ def test_a_tenth_of_the_pairs_is_never_trained_on():
     assert {w for c in asked for w in c.split()} <= set(train.words)
 
 
-def test_nearest():
-    x = torch.eye(4)[:, None, None]
-    index, error = openmoji.nearest(torch.cat([x[2:], x[:1] + 1]), x)
-    assert index.tolist() == [2, 3, 0] and torch.allclose(error, torch.tensor([0.0, 0.0, 1.0]))
-
-
 def test_wrong_names_are_told():
     with pytest.raises(UserError, match=r"groups: got 'animal' \(did you mean animals\?\)"):
         OpenMoji(groups="animal")

@@ -7,6 +7,7 @@ object, and the colour as their main hue.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.openmoji import COLORS, OpenMoji, apart, main_hue, nearest
+from ldm.data.openmoji import COLORS, OpenMoji, apart, main_hue
+from ldm.evaluation.reconstruction import of_each, reconstruct
 
 HUE_TOLERANCE = 30  # degrees
 
@@ -25,31 +27,19 @@ def images_of(data: OpenMoji) -> Tensor:
     return data.images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in [-1, 1], dB [N]."""
-    return 10 * torch.log10(4 / (x - y).square().flatten(1).mean(1).clamp(min=1e-12))
-
-
 @torch.no_grad()
-def reconstruction(model: Any, x: Tensor, batch_size: int = 64) -> dict[str, float]:
-    """The first stage on pictures [N, C, H, W]: mean PSNR (dB) of single pictures and of all pixels, mean SSIM."""
-    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
-    decibels, similarity, errors = [], [], []
+def first_stage(model: Any, x: Tensor, batch_size: int = 64) -> dict[str, float]:
+    """The first stage on pictures [N, C, H, W]: PSNR (dB) and SSIM, means over pictures; PSNR of all pixels at once."""
+    sums = dict.fromkeys(("psnr", "ssim"), 0.0)
+    error = 0.0
     for part in tqdm(x.split(batch_size), desc="reconstructing", leave=False):
         part = part.to(model.device)
-        z = model.encode_first_stage(part)
-        z = z.mode() if hasattr(z, "mode") else z
-        again = model.first_stage_model.decode(z).float().clamp(-1, 1)
-        decibels.append(psnr(again, part).cpu())
-        errors.append((again - part).square().flatten(1).mean(1).cpu())
-        similarity.append(ssim(again, part, data_range=2.0, reduction="none").flatten().cpu())
-    return {
-        "psnr": float(torch.cat(decibels).mean()),
-        "psnr_of_all_pixels": float(10 * torch.log10(4 / torch.cat(errors).mean())),
-        "ssim": float(torch.cat(similarity).mean()),
-        "n": len(x),
-    }
+        again = reconstruct(model.first_stage_model, part)
+        error += float((again - part).square().double().sum())
+        for name in sums:
+            sums[name] += float(of_each(name, again, part).double().sum())
+    means = {name: total / len(x) for name, total in sums.items()}
+    return {**means, "psnr_of_all_pixels": 10 * math.log10(4 * x.numel() / max(error, 1e-12)), "n": len(x)}
 
 
 @torch.no_grad()
@@ -70,7 +60,7 @@ def latents(model: Any, x: Tensor, batch_size: int = 64) -> Tensor:
     found = []
     for part in x.split(batch_size):
         z = model.encode_first_stage(part.to(model.device))
-        found.append((z.mode() if hasattr(z, "mode") else z).float().cpu())
+        found.append((z if isinstance(z, Tensor) else z.mode()).float().cpu())
     return torch.cat(found)
 
 
@@ -85,12 +75,16 @@ def fidelity(model: Any, drawn: Tensor, prompts: Sequence[str], data: OpenMoji) 
     owner = {c: i for i, names in enumerate(data.captions) for c in names}
     wanted = torch.tensor([owner[p] for p in prompts])
     same = _identical(real)
-    found = {"pixels": nearest(drawn, real)[0]}
-    found["latents"] = nearest(latents(model, drawn), latents(model, real))[0]
+    found = {"pixels": nearest(drawn, real), "latents": nearest(latents(model, drawn), latents(model, real))}
     right = {k: same[v] == same[wanted] for k, v in found.items()}
     wrong = [p for p, ok in zip(prompts, right["pixels"].tolist(), strict=True) if not ok]
     shares = {f"top1_{k}": float(v.float().mean()) for k, v in right.items()}
-    return {**shares, "psnr": float(psnr(drawn, real[wanted]).mean()), "n": len(prompts), "wrong": wrong}
+    return {**shares, "psnr": float(of_each("psnr", drawn, real[wanted]).mean()), "n": len(prompts), "wrong": wrong}
+
+
+def nearest(x: Tensor, pictures: Tensor) -> Tensor:
+    """For each of x [N, ...] the index of the nearest of pictures [M, ...], int64 [N]."""
+    return torch.cdist(x.flatten(1), pictures.flatten(1)).argmin(dim=1)
 
 
 def _identical(x: Tensor) -> Tensor:
@@ -114,7 +108,7 @@ def composition(drawn: Tensor, held_out: OpenMoji, everything: OpenMoji) -> dict
     """
     pairs = list(range(everything.plain, len(everything)))
     shapes, owners = shape_of(images_of(everything)[pairs]), [everything.emoji[i] for i in pairs]
-    found = [owners[i] for i in nearest(shape_of(drawn), shapes)[0].tolist()]
+    found = [owners[i] for i in nearest(shape_of(drawn), shapes).tolist()]
     objects = np.array([f == e for f, e in zip(found, held_out.emoji, strict=True)])
     pixels = ((drawn.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     wanted = [COLORS[names[0].split()[0]] for names in held_out.captions]
