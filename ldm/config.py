@@ -53,8 +53,16 @@ class Merged:
         self.source: dict[str, str] = {}
 
     def add(self, part: DictConfig, source: str) -> None:
-        """Merges `part` over what is there."""
+        """Merges `part` over what is there; another `target` that comes with `params` takes the place of the old ones.
+
+        The parameters of one class mean nothing to another: an AdamW with the momentum of the SGD before it.
+        """
         part = _expand_aliases(part)
+        for key, node in mappings(part):
+            old = OmegaConf.select(self.config, key) if {"target", "params"} <= set(node) else None
+            if isinstance(old, DictConfig) and old.get("target", node["target"]) != node["target"]:
+                old.pop("params", None)
+                self.source = {k: v for k, v in self.source.items() if not k.startswith(f"{key}.params.")}
         self.config = OmegaConf.merge(self.config, part)
         for key, _ in leaves(part):
             self.source[key] = source

@@ -1,4 +1,5 @@
-"""The three official learning-rate schedules: `schedule(n)` is the factor on `model.learning_rate` after n updates."""
+"""Learning-rate schedules, the three official ones and steps: `schedule(n)` is the factor on `model.learning_rate`
+after n updates."""
 
 from __future__ import annotations
 
@@ -115,3 +116,40 @@ class LambdaLinearScheduler(_Cycles):
     def decay(self, cycle: int, n: int) -> float:
         length = self.cycle_lengths[cycle]
         return self.f_min[cycle] + (self.f_max[cycle] - self.f_min[cycle]) * max(length - n, 0) / length
+
+
+class LambdaWarmUpStepScheduler:
+    """Linear warm-up, then a constant that is multiplied by `gamma` at each milestone (He et al. 2015, section 3.4).
+
+    Args:
+        warm_up_steps: updates of the linear rise from lr_start to 1.
+        milestones: shares of `max_decay_steps` in (0, 1), ascending.
+        max_decay_steps: length of the run in updates.
+        gamma: factor at each milestone.
+        lr_start: factor at the start.
+
+    Raises:
+        ValueError: milestones out of order or of (0, 1).
+    """
+
+    def __init__(
+        self,
+        warm_up_steps: int,
+        milestones: Sequence[float],
+        max_decay_steps: int,
+        gamma: float = 0.1,
+        lr_start: float = 0.01,
+    ) -> None:
+        if list(milestones) != sorted(milestones) or not all(0 < m < 1 for m in milestones):
+            raise ValueError(f"got milestones={list(milestones)}, expected ascending shares of the run in (0, 1)")
+        self.warm_up_steps, self.milestones, self.max_decay_steps = warm_up_steps, milestones, max_decay_steps
+        self.gamma, self.lr_start = gamma, lr_start
+
+    def schedule(self, n: int, **kwargs: object) -> float:
+        """Factor after `n` updates."""
+        if n < self.warm_up_steps:
+            return self.lr_start + (1 - self.lr_start) * n / self.warm_up_steps
+        return self.gamma ** sum(n >= m * self.max_decay_steps for m in self.milestones)
+
+    def __call__(self, n: int, **kwargs: object) -> float:
+        return self.schedule(n, **kwargs)

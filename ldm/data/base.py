@@ -17,6 +17,7 @@ from ldm.util import UserError
 Size = int | Sequence[int]
 # Columns of the random numbers that every image of a batch gets (see `uniforms`).
 FLIP, SHIFT_Y, SHIFT_X, CROP_Y, CROP_X, CAPTION, SCALE, NOISE = range(8)
+ALTERNATE = "alternate"  # flip_p: each image in every other epoch
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL
 
 
@@ -57,9 +58,13 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def stream_of(seed: int, epoch: int) -> int:
-    """The name of the random stream of one epoch: equal for every worker, rank and restart."""
+    """The name of the random stream of one epoch: equal for every worker, rank and restart.
+
+    Its lowest bit is that of the epoch, for augmentations that take turns.
+    """
     with np.errstate(over="ignore"):
-        return int(mix(mix(np.array([seed], np.int64).astype(np.uint64)) + np.uint64(epoch))[0])
+        name = int(mix(mix(np.array([seed], np.int64).astype(np.uint64)) + np.uint64(epoch))[0])
+    return name & ~1 | epoch & 1
 
 
 def uniforms(stream: int, indices: np.ndarray, n: int = NOISE + 1) -> np.ndarray:
@@ -81,6 +86,26 @@ def uniforms(stream: int, indices: np.ndarray, n: int = NOISE + 1) -> np.ndarray
 def to_float(x: Tensor) -> Tensor:
     """uint8 [...] -> float32 [...] in [-1, 1]."""
     return x.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def check_flip(p: float | str) -> float | str:
+    """A probability, or `alternate`.
+
+    Raises:
+        UserError: anything else.
+    """
+    if p != ALTERNATE and (isinstance(p, (str, bool)) or not 0 <= p <= 1):
+        raise UserError(f"flip_p must be a probability in [0, 1] or {ALTERNATE}, got {p!r}")
+    return p
+
+
+def in_turn(stream: int, indices: np.ndarray) -> np.ndarray:
+    """bool [B]: mirrored in this epoch; in the next one the others are. A random half of the images begins.
+
+    So that each image is seen both ways in every two epochs ("94% on CIFAR-10 in 3.29 Seconds on a Single GPU", Jordan
+    2024, section 3.6).
+    """
+    return (uniforms(0, indices, 1)[:, 0] < 0.5) ^ bool(stream & 1)
 
 
 def flip(x: Tensor, draws: np.ndarray, p: float) -> Tensor:
@@ -159,7 +184,7 @@ class ImageDataset(Dataset):
     Args:
         size: pixels, or [height, width]; None keeps the images' own size.
         channels: 1 or 3.
-        flip_p: probability of a left-right flip.
+        flip_p: probability of a left-right flip; or `alternate`: each image is mirrored in every other epoch.
         pad_crop: random shift by up to so many pixels, black outside.
     """
 
@@ -167,9 +192,9 @@ class ImageDataset(Dataset):
     float_keys: tuple[str, ...] = ("image",)
     class_names: list[str] | None = None
 
-    def __init__(self, size: Size | None, channels: int, flip_p: float = 0.0, pad_crop: int = 0) -> None:
+    def __init__(self, size: Size | None, channels: int, flip_p: float | str = 0.0, pad_crop: int = 0) -> None:
         self.size, self.channels = parse_size(size), check_channels(channels)
-        self.flip_p, self.pad_crop = flip_p, pad_crop
+        self.flip_p, self.pad_crop = check_flip(flip_p), pad_crop
 
     @property
     def num_classes(self) -> int | None:
@@ -192,9 +217,12 @@ class ImageDataset(Dataset):
         wanted = np.asarray(indices, np.int64)
         draws = uniforms(stream, wanted)
         arrays, served = self.arrays(wanted, stream, draws)
+        p = self.flip_p
+        if p == ALTERNATE:
+            draws[:, FLIP], p = ~in_turn(stream, wanted), 0.5  # 0 where it is mirrored, else 1
         batch: dict[str, Any] = {}
         for key, x in arrays.items():
-            x = pad_and_crop(flip(x, draws, self.flip_p), draws, self.pad_crop)
+            x = pad_and_crop(flip(x, draws, p), draws, self.pad_crop)
             batch[key] = to_float(x) if key in self.float_keys else self.finish(key, x)
         return {**batch, **self.fields(served, draws)}
 
@@ -224,7 +252,7 @@ class ArrayDataset(ImageDataset):
         images: Tensor,
         labels: np.ndarray | None = None,
         class_names: Sequence[str] | None = None,
-        flip_p: float = 0.0,
+        flip_p: float | str = 0.0,
         pad_crop: int = 0,
     ) -> None:
         super().__init__(tuple(images.shape[1:3]), images.shape[3], flip_p, pad_crop)

@@ -33,7 +33,7 @@ class Digits(ArrayDataset):
         split: str = "train",
         size: Size = 16,
         channels: int = 1,
-        flip_p: float = 0.0,
+        flip_p: float | str = 0.0,
         pad_crop: int = 0,
         seed: int = 0,
     ) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.base import FLIP, ImageDataset, to_float, uniforms
+from ldm.data.base import ALTERNATE, FLIP, ImageDataset, in_turn, to_float, uniforms
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -62,9 +62,13 @@ class CachedLatents(Dataset):
         """The batch that the data set would give, pictures encoded; `stream` as there."""
         wanted = np.asarray(indices, np.int64)
         draws = uniforms(stream, wanted)
-        mirrored = (draws[:, FLIP] < self.dataset.flip_p).astype(np.int64) if len(self.variants) == 2 else 0
+        mirrored = self._mirrored(stream, wanted, draws) if len(self.variants) == 2 else 0
         rows = wanted * len(self.variants) + mirrored
         return {KEY: torch.from_numpy(self.table[rows]), **self.dataset.fields(self.served[wanted], draws)}
+
+    def _mirrored(self, stream: int, indices: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        p = self.dataset.flip_p
+        return (in_turn(stream, indices) if p == ALTERNATE else draws[:, FLIP] < p).astype(np.int64)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {k: v[0] for k, v in self.get_batch([index % len(self)]).items()}
@@ -72,7 +76,7 @@ class CachedLatents(Dataset):
 
 def variants(dataset: ImageDataset) -> tuple[bool, ...]:
     """Which of (as it is, mirrored) the data set hands out."""
-    return {0.0: (False,), 1.0: (True,)}.get(float(dataset.flip_p), (False, True))
+    return {0: (False,), 1: (True,)}.get(dataset.flip_p, (False, True))
 
 
 def cache(

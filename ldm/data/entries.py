@@ -103,6 +103,8 @@ def find_entries(
     if table:
         images = _listed(source, images, table)
     class_names, label_array = _labels(source, images, table, depth, labels)
+    if len(class_names) > 1 and labels != "none":
+        _say_empty_classes(source, images, depth)
     texts = None if captions == "none" else _captions(source, images, table)
     entries = Entries(images, label_array, class_names, texts)
     if not in_splits:
@@ -110,6 +112,7 @@ def find_entries(
     parts: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
     for i, n in enumerate(images):
         parts[SPLIT_FOLDERS[n.partition("/")[0].lower()]].append(i)
+    _compare_classes(entries, parts, source.where(""))
     return entries, parts
 
 
@@ -237,6 +240,37 @@ def _labels_given(
     names = sorted(set(words))
     index = {c: i for i, c in enumerate(names)}
     return names, np.array([index[w] for w in words], np.int64)
+
+
+def _say_empty_classes(source: Source, images: list[str], depth: int) -> None:
+    """Warns of class folders without a picture: they are no class."""
+    filled = {tuple(n.split("/")[: depth + 1]) for n in images if n.count("/") > depth}
+    parents = {f[:-1] for f in filled}
+    folders = {tuple(f.split("/")) for f in getattr(source, "folders", list)()}
+    empty = sorted("/".join(f) for f in folders - filled if len(f) == depth + 1 and f[:-1] in parents)
+    if empty:
+        shown = ", ".join(source.where(f) for f in empty[:5])
+        log.warning("no pictures in the class folder%s %s: not counted as a class", "s" * (len(empty) > 1), shown)
+
+
+def _compare_classes(entries: Entries, parts: dict[str, list[int]], where: str) -> None:
+    """The classes of the split folders must be those of train/.
+
+    Raises:
+        UserError: a class that validates or tests, but of which there is nothing to learn from.
+    """
+    classes = {split: set(entries.labels[members].tolist()) for split, members in parts.items() if members}
+    for split, found in classes.items():
+        extra = [entries.class_names[c] for c in sorted(found - classes["train"])]
+        if extra:
+            raise UserError(
+                f"{where}: the class folders differ: {', '.join(extra[:5])} in {split} but not in train (train has "
+                f"{', '.join(entries.class_names[c] for c in sorted(classes['train']))[:200]}); give both the same "
+                "folders, or set labels: none if they are no classes"
+            )
+        lacking = [entries.class_names[c] for c in sorted(classes["train"] - found)]
+        if lacking:
+            log.warning("%s: no pictures of %s in %s", where, ", ".join(lacking[:5]), split)
 
 
 def check_label_range(entries: Entries, num_classes: int | None, where: Callable[[str], str]) -> None:

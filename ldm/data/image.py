@@ -34,7 +34,7 @@ class FileImages(ImageDataset):
         source: where the files lie.
         entries: their names, labels and captions.
         fit: size, channels and cut.
-        flip_p: probability of a left-right flip.
+        flip_p: probability of a left-right flip; or `alternate`: each image in every other epoch.
         pad_crop: random shift by up to so many pixels, black outside.
         cache: auto (if the decoded pictures take less than `cache_gb`), true or false.
         cache_gb: limit of `auto`, in GB.
@@ -50,7 +50,7 @@ class FileImages(ImageDataset):
         source: Source,
         entries: Entries,
         fit: Fit,
-        flip_p: float = 0.0,
+        flip_p: float | str = 0.0,
         pad_crop: int = 0,
         cache: str | bool = "auto",
         cache_gb: float = 2.0,
@@ -206,7 +206,7 @@ class ImageFolder(FileImages):
         size: pixels, or [height, width].
         channels: 1 or 3; grey, 16-bit, palette, CMYK and transparent pictures are all converted.
         random_crop: cut at a random place instead of the centre.
-        flip_p: probability of a left-right flip.
+        flip_p: probability of a left-right flip; or `alternate`: each image in every other epoch.
         pad_crop: random shift by up to so many pixels, black outside.
         fit: crop (fill the size and cut), or pad (show all, with white bars).
         interpolation: nearest, bilinear, bicubic, lanczos, box or hamming.
@@ -230,7 +230,7 @@ class ImageFolder(FileImages):
         size: Size = 256,
         channels: int = 3,
         random_crop: bool = False,
-        flip_p: float = 0.0,
+        flip_p: float | str = 0.0,
         pad_crop: int = 0,
         fit: str = "crop",
         interpolation: str = "bicubic",

@@ -30,6 +30,12 @@ class Folder:
         """Path to show and to hand out."""
         return name if os.path.isabs(name) else os.path.join(self.root, *name.split("/"))
 
+    def folders(self) -> list[str]:
+        """Visible folders at any depth, empty ones too, as relative paths with `/`."""
+        inner = (os.path.relpath(os.path.join(f, d), self.root) for f, ds, _ in os.walk(self.root) for d in ds)
+        paths = [p.replace(os.sep, "/") for p in inner]
+        return [p for p in paths if all(map(_visible, p.split("/")))]
+
     def read(self, name: str) -> bytes:
         """The file's bytes; OSError if it cannot be read."""
         with open(self.where(name), "rb") as f:

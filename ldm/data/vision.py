@@ -113,7 +113,7 @@ class TorchvisionArrays(ArrayDataset):
         data_root: where the files are or go; default $LDM_DATA, else data/ in the working directory.
         download: fetch the files if they are absent.
         val_fraction: share of the training set that validates instead; 0 trains on all of it.
-        flip_p: probability of a left-right flip.
+        flip_p: probability of a left-right flip; or `alternate`: each image in every other epoch.
         pad_crop: random shift by up to so many pixels, black outside.
 
     Raises:
@@ -131,7 +131,7 @@ class TorchvisionArrays(ArrayDataset):
         data_root: str | None = None,
         download: bool = True,
         val_fraction: float = 0.1,
-        flip_p: float = 0.0,
+        flip_p: float | str = 0.0,
         pad_crop: int = 0,
     ) -> None:
         check_split(split)
@@ -204,7 +204,7 @@ class CelebA(FileImages):
         download: bool = True,
         attribute: str = "Male",
         random_crop: bool = False,
-        flip_p: float = 0.0,
+        flip_p: float | str = 0.0,
         cache: str | bool = "auto",
         cache_gb: float = 2.0,
         max_unreadable: float = 0.05,
@@ -251,7 +251,7 @@ class ImageNet(FileImages):
         channels: int = 3,
         data_root: str | None = None,
         random_crop: bool = False,
-        flip_p: float = 0.0,
+        flip_p: float | str = 0.0,
         cache: str | bool = "auto",
         cache_gb: float = 2.0,
         max_unreadable: float = 0.05,

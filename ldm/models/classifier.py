@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 
+from ldm.models import param_groups
 from ldm.models.base import BaseModel
+from ldm.models.classifier_pictures import filter_picture, heat, labelled
+from ldm.models.classifier_report import Report, shares
+from ldm.models.framework import rank_zero_info
 from ldm.models.pretrained import HALF, IMAGENET, load_weights, pixel_statistics
+from ldm.modules.classifiers.augment import MIXERS, Augment, views
 from ldm.modules.classifiers.common import BufferEma
-from ldm.util import UserError, image_grid, instantiate_from_config, log_txt_as_img
+from ldm.modules.classifiers.explain import attends, attention_rollout, grad_cam
+from ldm.optim import HiddenAndRest
+from ldm.util import UserError, get_obj_from_str, instantiate_from_config
 
 Config = dict[str, Any]
-TILE = 128  # pixels of one picture in the image log, so that its label can be read
-GREEN, RED = (-1.0, 0.3, -1.0), (1.0, -1.0, -1.0)
 
 
 class Classifier(BaseModel):
     """A network that maps images [B, C, H, W] in [-1, 1] to one of `num_classes` labels.
 
     Logs train/loss and train/acc (of the batch), and over whole epochs val/loss (cross-entropy without smoothing),
-    val/acc1, val/acc5 (with more than five classes), the same for the test set and, with EMA, as `..._ema`.
+    val/acc1, val/acc5 (with more than five classes), val/ece (expected calibration error, Guo et al. 2017),
+    val/acc1_best (of all epochs), the same for the test set and, with EMA, as `..._ema`. `Report` adds the accuracy
+    of each class and the confusion matrix.
 
     Args:
         network_config: `{target, params}` of a network: `ldm.modules.classifiers.*`, or any torchvision or timm model.
@@ -36,17 +43,25 @@ class Classifier(BaseModel):
         label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2015, section 7).
         class_weights: weight of each class in the loss, or None.
         aux_weight: weight of the loss of each auxiliary head.
+        augment_config: list of `{target: torchvision.transforms.v2.X, params}` for training, in that order; see
+            `ldm.modules.classifiers.augment.Augment`.
+        distill_config: `{target: ldm.models.distillation.Teacher, params: {run: ...}}`: learn from another run as well.
         weights: `torchvision://IMAGENET1K_V1`, `timm://name` or a file, loaded strictly.
         allow_head: with `weights` of another number of classes: the last layer starts afresh.
+        train_only: `head`, or prefixes of the network's parameter names; the rest is frozen, batch norms included.
+        layer_decay: each layer learns so many times as fast as the one above it.
         normalize: "imagenet" (mean and deviation per channel), "none" ([-1, 1] as it comes), or None: what `weights`
             were trained with.
+        test_views: whose logits are averaged in testing: "none" (the image itself), "flip", "flip+shift" (`views`).
         use_ema: keep an exponential moving average of weights and batch-norm statistics.
         ema_decay: its decay after the warm-up.
 
     Raises:
-        ValueError: `class_weights` of another length, unknown `normalize`.
-        UserError: `weights` that cannot be read or do not fit.
+        ValueError: `class_weights` of another length, unknown `normalize` or `test_views`.
+        UserError: `weights` or `train_only` that cannot be read or do not fit.
     """
+
+    main_score = "acc1"
 
     def __init__(
         self,
@@ -58,33 +73,49 @@ class Classifier(BaseModel):
         label_smoothing: float = 0.0,
         class_weights: Sequence[float] | None = None,
         aux_weight: float = 0.3,
+        augment_config: Sequence[Config] = (),
+        distill_config: Config | None = None,
         weights: str | None = None,
         allow_head: bool = False,
+        train_only: str | Sequence[str] | None = None,
+        layer_decay: float = 1.0,
         normalize: str | None = None,
+        test_views: str = "none",
         use_ema: bool = False,
         ema_decay: float = 0.9999,
         **base: Any,
     ) -> None:
         super().__init__(**base)
         self.num_classes, self.first_stage_key, self.label_key = num_classes, first_stage_key, label_key
-        self.label_smoothing, self.aux_weight = label_smoothing, aux_weight
+        self.label_smoothing, self.aux_weight, self.layer_decay = label_smoothing, aux_weight, layer_decay
+        views(torch.zeros(1, 1, 2, 2), test_views)
+        self.test_views, self.train_only = test_views, train_only
         given = {} if "num_classes" in (network_config.get("params") or {}) else {"num_classes": num_classes}
         self.model = instantiate_from_config(network_config, **given)
         network = network_config["target"].rpartition(".")[2]
         self._set_normalization(normalize, weights, network)
-        if class_weights is not None and len(class_weights) != num_classes:
-            raise ValueError(f"got {len(class_weights)} class_weights, expected {num_classes}")
-        value = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
-        self.register_buffer("class_weights", value, persistent=False)
+        self._set_class_weights(class_weights)
+        self.augment = build_augment(augment_config, num_classes)
+        self.teacher = instantiate_from_config(distill_config) if distill_config else None
         if weights is not None:
             report = load_weights(self.model, weights, network, num_classes, allow_head)
             rank_zero_info(f"{weights}: {report}")
+        if train_only is not None:
+            param_groups.freeze(self.model, train_only, num_classes)
+            param_groups.rest_frozen_parts(self.model)
         if use_ema:
             self.init_ema(self.model, ema_decay)
-        self.scores = nn.ModuleDict(
-            {split + suffix: self._new_scores() for split in ("val", "test") for suffix in ("", "_ema")[: 1 + use_ema]}
-        )
+        splits = [split + suffix for split in ("val", "test") for suffix in ("", "_ema")[: 1 + use_ema]]
+        self.scores = nn.ModuleDict({name: self._new_scores() for name in splits})
+        self.confusion = nn.ModuleDict({name: self._new_confusion() for name in splits})
+        self.report = Report(self.main_score)
         self.load_ckpt_path()
+
+    def _set_class_weights(self, class_weights: Sequence[float] | None) -> None:
+        if class_weights is not None and len(class_weights) != self.num_classes:
+            raise ValueError(f"got {len(class_weights)} class_weights, expected {self.num_classes}")
+        value = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("class_weights", value, persistent=False)
 
     def _set_normalization(self, normalize: str | None, weights: str | None, network: str) -> None:
         if normalize not in (None, "none", "imagenet"):
@@ -100,12 +131,28 @@ class Classifier(BaseModel):
 
     def _new_scores(self) -> nn.ModuleDict:
         ks = (1, 5) if self.num_classes > 5 else (1,)
-        options: Config = {"num_classes": self.num_classes, "average": "micro", "validate_args": False}
-        return nn.ModuleDict({f"acc{k}": MulticlassAccuracy(top_k=k, **options) for k in ks})
+        options: Config = {"num_classes": self.num_classes, "validate_args": False}
+        scores = {f"acc{k}": MulticlassAccuracy(top_k=k, average="micro", **options) for k in ks}
+        return nn.ModuleDict({**scores, "ece": MulticlassCalibrationError(n_bins=15, **options)})
+
+    def per_class(self, matrix: Tensor) -> dict[str, Any]:
+        """Counts [true, predicted] -> figures of each class for the report."""
+        names = [self.name_of(i) for i in range(self.num_classes)]
+        return {"per_class": shares(matrix.diagonal(), matrix.sum(1), names)}
+
+    def _new_confusion(self) -> nn.Module:
+        return MulticlassConfusionMatrix(self.num_classes, validate_args=False)
 
     def init_ema(self, module: nn.Module, decay: float = 0.9999) -> None:
         self.model_ema = BufferEma(module, decay=decay)
         self._ema_source = [module]
+
+    def train(self, mode: bool = True) -> Classifier:
+        """As for any module; frozen parts stay in evaluation mode."""
+        super().train(mode)
+        if mode and self.train_only is not None:
+            param_groups.rest_frozen_parts(self.model)
+        return self
 
     # --- batch --------------------------------------------------------------------------------------------------------
 
@@ -115,6 +162,12 @@ class Classifier(BaseModel):
             self.check_batch(batch)
         return batch
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Lets a network that fits itself to the images see those of the first batch."""
+        if self.global_step == 0 and hasattr(self.model, "fit_to"):
+            x = self.get_input(batch, self.first_stage_key)
+            self.model.fit_to(self._normalize(self.trainer.strategy.broadcast(x)))
+
     def check_batch(self, batch: dict[str, Any]) -> None:
         """Raises UserError for labels that are missing or out of range, and for images too small for the network."""
         labels, x = batch.get(self.label_key), batch.get(self.first_stage_key)
@@ -122,18 +175,22 @@ class Classifier(BaseModel):
             raise UserError(
                 f"the batch has no key {self.label_key!r}; the data set gives {sorted(batch)} (model.params.label_key)"
             )
-        wrong = ((labels < 0) | (labels >= self.num_classes)).nonzero()
+        wrong = self._out_of_range(labels).nonzero()
         if len(wrong):
-            at = int(wrong[0, 0])
+            at = wrong[0].tolist()
             raise UserError(
-                f"label out of range: image {at} of the batch{self._origin(batch, at)} has class {int(labels[at])}, "
-                f"expected 0 to {self.num_classes - 1} (model.params.num_classes: {self.num_classes})"
+                f"label out of range: image {at[0]} of the batch{self._origin(batch, at[0])} has class "
+                f"{int(labels[tuple(at)])}, expected 0 to {self.num_classes - 1} "
+                f"(model.params.num_classes: {self.num_classes})"
             )
         if isinstance(x, Tensor) and hasattr(self.model, "check"):
             try:
                 self.model.check(self.get_input(batch, self.first_stage_key).shape)
             except ValueError as e:
                 raise UserError(f"{e}; see data.params.size and model.params.network_config.params") from e
+
+    def _out_of_range(self, labels: Tensor) -> Tensor:
+        return (labels < 0) | (labels >= self.num_classes)
 
     @staticmethod
     def _origin(batch: dict[str, Any], at: int) -> str:
@@ -144,13 +201,21 @@ class Classifier(BaseModel):
 
     # --- loss and metrics ---------------------------------------------------------------------------------------------
 
+    def _normalize(self, x: Tensor) -> Tensor:
+        return x * self.pixel_scale + self.pixel_shift if self.normalized else x
+
     def forward(self, x: Tensor) -> Any:
         """[B, C, H, W] in [-1, 1] -> logits [B, num_classes] (in training mode with auxiliary logits, if any)."""
-        return self.model(x * self.pixel_scale + self.pixel_shift if self.normalized else x)
+        return self.model(self._normalize(x))
 
-    def _logits(self, batch: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    def predict(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] in [-1, 1] -> logits [B, num_classes], averaged over `test_views`; in evaluation mode."""
+        weighted = [self._split(self(v))[0] * weight for v, weight in views(x, self.test_views)]
+        return torch.stack(weighted).sum(0)
+
+    @staticmethod
+    def _split(out: Any) -> tuple[Tensor, list[Tensor]]:
         """(logits, auxiliary logits). Networks of torchvision and of this project give tuples in training mode."""
-        out = self(self.get_input(batch, self.first_stage_key))
         if isinstance(out, Tensor):
             return out, []
         logits, *rest = out
@@ -158,20 +223,34 @@ class Classifier(BaseModel):
         return logits, [a for a in rest if a is not None]
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy (smoothed, with auxiliary heads, only in training mode) and the accuracy of the batch."""
-        loss, logits = self._loss(batch)
+        """Cross-entropy and the accuracy of the batch; in training mode with augmentation, smoothing, auxiliary heads
+        and the teacher."""
+        x, labels = self.get_input(batch, self.first_stage_key), batch[self.label_key]
+        loss, logits = self._training_loss(x, labels) if self.training else self._plain_loss(x, labels)
         with torch.no_grad():
-            accuracy = (logits.argmax(1) == batch[self.label_key]).float().mean()
+            accuracy = (logits.argmax(1) == labels).float().mean()
         return loss, {"loss": loss, "acc": accuracy}
 
-    def _loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        logits, aux = self._logits(batch)
-        labels = batch[self.label_key]
-        smoothing = self.label_smoothing if self.training else 0.0
-        loss = F.cross_entropy(logits, labels, self.class_weights, label_smoothing=smoothing)
+    def _training_loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        target = labels
+        if self.augment is not None:
+            with torch.no_grad():
+                x, target = self.augment(x, labels)
+        logits, aux = self._split(self(x))
+        loss = self.cross_entropy(logits, target, self.label_smoothing)
         for a in aux:
-            loss = loss + self.aux_weight * F.cross_entropy(a, labels, self.class_weights, label_smoothing=smoothing)
+            loss = loss + self.aux_weight * self.cross_entropy(a, target, self.label_smoothing)
+        if self.teacher is not None:
+            loss = self.teacher.mix(loss, logits, x)
         return loss, logits
+
+    def _plain_loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.predict(x)
+        return self.cross_entropy(logits, labels), logits
+
+    def cross_entropy(self, logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Logits [B, num_classes], labels [B] or soft labels [B, num_classes] -> scalar."""
+        return F.cross_entropy(logits.float(), target, self.class_weights, label_smoothing=smoothing)
 
     def _evaluate(self, batch: dict[str, Any], split: str) -> None:
         self._score(batch, split, "")
@@ -180,35 +259,58 @@ class Classifier(BaseModel):
                 self._score(batch, split, "_ema")
 
     def _score(self, batch: dict[str, Any], split: str, suffix: str) -> None:
-        loss, logits = self._loss(batch)
-        scores = self.scores[split + suffix]
-        for score in scores.values():
-            score.update(logits, batch[self.label_key])
+        labels, scores = batch[self.label_key], self.scores[split + suffix]
+        loss, logits = self._plain_loss(self.get_input(batch, self.first_stage_key), labels)
+        for score in (*scores.values(), self.confusion[split + suffix]):
+            score.update(logits.float(), labels)
         size = self._size(batch)
         self.log(f"{split}/loss{suffix}", loss, batch_size=size, sync_dist=True)
         self.log_dict({f"{split}/{k}{suffix}": s for k, s in scores.items()}, batch_size=size)
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.report.finish(self, "val")
+
+    def on_test_epoch_end(self) -> None:
+        self.report.finish(self, "test")
+
+    def on_fit_start(self) -> None:
+        self.report.start()
+
+    def on_fit_end(self) -> None:
+        self.report.announce()
+
+    def on_save_checkpoint(self, checkpoint: Config) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["report"] = self.report.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: Config) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if "report" in checkpoint:
+            self.report.load_state_dict(checkpoint["report"])
 
     # --- optimiser ----------------------------------------------------------------------------------------------------
 
     def build_optimizer(self, params: Any) -> torch.optim.Optimizer:
         """Weight decay only for matrices and convolutions: none for biases, norms, and position embeddings."""
-        spared = {id(p) for name, p in self.named_parameters() if p.ndim < 2 or name.endswith(("token", "embedding"))}
-        params = list(params)
-        groups = [
-            {"params": [p for p in params if id(p) not in spared]},
-            {"params": [p for p in params if id(p) in spared], "weight_decay": 0.0},
-        ]
-        return super().build_optimizer([g for g in groups if g["params"]])
+        cls = get_obj_from_str((self.optimizer_config or {}).get("target", "torch.optim.AdamW"))
+        roles = inspect.isclass(cls) and issubclass(cls, HiddenAndRest)
+        groups = param_groups.groups(
+            self.model, params, self.learning_rate, self.layer_decay, self.num_classes if roles else None
+        )
+        return super().build_optimizer(groups)
 
     def build_scheduler(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """As in BaseModel; a parameter `auto` (`max_decay_steps`, `total_steps`, `T_max`) is the length of the run."""
+        """As in BaseModel; a parameter `auto` (`max_decay_steps`, `total_steps`, `T_max`, `cycle_lengths: [auto]`) is
+        the length of the run, `max_lr: auto` the learning rate of each parameter group."""
         written = self.scheduler_config
-        if written and "auto" in (params := dict(written.get("params") or {})).values():
+        if written and "auto" in str(params := dict(written.get("params") or {})):
             steps = self.trainer.estimated_stepping_batches
             if steps == float("inf"):
                 raise UserError("the schedule needs an end: set lightning.trainer.max_steps or max_epochs")
-            filled = {k: int(steps) if v == "auto" else v for k, v in params.items()}
-            self.scheduler_config = {**written, "params": filled}
+            if params.get("max_lr") == "auto":
+                params["max_lr"] = [g["lr"] for g in optimizer.param_groups]
+            self.scheduler_config = {**written, "params": _filled(params, int(steps))}
         try:
             return super().build_scheduler(optimizer)
         finally:
@@ -218,45 +320,56 @@ class Classifier(BaseModel):
 
     @torch.no_grad()
     def log_images(self, batch: dict[str, Any], n: int = 8) -> dict[str, Tensor]:
-        """`inputs`: images with what was predicted, mistakes first, the most confident ones at the head; `filters`:
-        the weights of the first convolution."""
+        """`inputs`: images with what was predicted, mistakes first, the most confident ones at the head; `looks_at`:
+        where the network looks in them; `filters`: the weights of the first convolution."""
         x = self.get_input(batch, self.first_stage_key)
         with self.ema_scope():
-            logits, _ = self._logits(batch)
-        sure, predicted = logits.float().softmax(1).max(1)
-        wrong = predicted != batch[self.label_key]
-        order = (wrong.float() * 2 + torch.where(wrong, sure, -sure)).argsort(descending=True)[:n]
+            logits = self.predict(x)
+            sure, predicted = logits.float().softmax(1).max(1)
+            wrong = predicted != batch[self.label_key]
+            order = (wrong.float() * 2 + torch.where(wrong, sure, -sure)).argsort(descending=True)[:n]
+            maps = self.looks_at(x[order], predicted[order])
         captions = []
         for i in order.tolist():
             text = f"{self.name_of(predicted[i])} {float(sure[i]):.0%}"
             captions.append(text + (f", is {self.name_of(batch[self.label_key][i])}" if wrong[i] else ""))
         pictures = {"inputs": labelled(x[order], captions, wrong[order].tolist())}
+        if maps is not None:
+            pictures["looks_at"] = heat(x[order], maps)
         first = next((m for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
         if first is not None:
             pictures["filters"] = filter_picture(first.weight)
         return pictures
+
+    def looks_at(self, x: Tensor, classes: Tensor) -> Tensor | None:
+        """Images [B, C, H, W] and the classes in question [B] -> maps [B, h, w] in [0, 1]: attention rollout for a
+        Vision Transformer, else Grad-CAM; None for a network without maps."""
+        x = self._normalize(x)
+        if attends(self.model):
+            return attention_rollout(self.model, x)
+        try:
+            return grad_cam(self.model, x, classes)
+        except ValueError:
+            return None
 
     def name_of(self, label: Tensor | int) -> str:
         """The class's name, or its number."""
         return self.class_names[int(label)] if self.class_names else str(int(label))
 
 
-def labelled(x: Tensor, captions: Sequence[str], wrong: Sequence[bool]) -> Tensor:
-    """Images [B, 1|3, H, W] -> [B, 3, H', W'] enlarged, in a green or red frame, each over its caption."""
-    factor = max(1, TILE // max(x.shape[2:]))
-    x = x.float().cpu().clamp(-1, 1).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3]
-    frames = torch.tensor([RED if w else GREEN for w in wrong])[:, :, None, None]
-    framed = frames.expand(-1, -1, x.shape[2] + 6, x.shape[3] + 6).clone()
-    framed[:, :, 3:-3, 3:-3] = x
-    return torch.cat([framed, log_txt_as_img((framed.shape[3], 30), captions)], 2)
+def build_augment(configs: Sequence[Config], num_classes: int) -> Augment | None:
+    """The transforms of `augment_config`; those that mix labels are told how many there are."""
+    built = []
+    for config in configs:
+        known = {"num_classes": num_classes} if get_obj_from_str(config["target"]) in MIXERS else {}
+        built.append(instantiate_from_config(config, **known))
+    return Augment(built) if built else None
 
 
-def filter_picture(weight: Tensor) -> Tensor:
-    """Weights of a first convolution [O, C, k, k] -> one picture [1, 1|3, H, W], each filter scaled to [-1, 1]."""
-    w = weight.detach().float().cpu()
-    w = w if w.shape[1] in (1, 3) else w.mean(1, keepdim=True)
-    w = w / w.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
-    factor = max(1, 24 // w.shape[2])
-    w = w.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    return image_grid(w, nrow=max(1, round(len(w) ** 0.5)))[None]
+def _filled(node: Any, steps: int) -> Any:
+    """Every `auto` in a parameter or a list of parameters replaced by `steps`."""
+    if isinstance(node, dict):
+        return {k: _filled(v, steps) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_filled(v, steps) for v in node]
+    return steps if node == "auto" else node

@@ -100,3 +100,27 @@ def test_iterable_base_keeps_the_official_fields():
     data = Stream(num_records=3, valid_ids=["a", "b", "c"], size=64)
     assert (data.num_records, data.valid_ids, data.sample_ids, data.size) == (3, ["a", "b", "c"], ["a", "b", "c"], 64)
     assert len(data) == 3 and list(data) == ["a", "b", "c"]
+
+
+# --- flips in turn ----------------------------------------------------------------------------------------------------
+
+
+def test_alternate_flips_show_each_image_both_ways_in_two_epochs():
+    images = torch.arange(40 * 4, dtype=torch.uint8).view(40, 1, 4, 1)
+    data = base.ArrayDataset(images, flip_p="alternate")
+    plain = base.to_float(images)
+    mirrored = []
+    for epoch in range(4):
+        shown = data.get_batch(range(40), base.stream_of(7, epoch))["image"]
+        flipped = (shown == plain.flip(2)).flatten(1).all(1)
+        assert ((shown == plain).flatten(1).all(1) ^ flipped).all()
+        mirrored.append(flipped)
+    assert torch.equal(mirrored[0], ~mirrored[1]) and torch.equal(mirrored[0], mirrored[2])
+    assert 8 < mirrored[0].sum() < 32
+    assert base.stream_of(7, 3) & 1 and not base.stream_of(7, 4) & 1
+
+
+@pytest.mark.parametrize("wrong", ["always", 1.5, True])
+def test_flip_is_a_probability_or_alternate(wrong):
+    with pytest.raises(UserError, match=r"flip_p must be a probability in \[0, 1\] or alternate, got"):
+        base.ArrayDataset(torch.zeros(2, 4, 4, 1, dtype=torch.uint8), flip_p=wrong)

@@ -406,3 +406,32 @@ def test_no_warning_without_a_reason(tmp_path, caplog):
     fill(tmp_path, 4)
     ImageFolder(tmp_path, "train", size=16)
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+# --- classes that do not fit -----------------------------------------------------------------------------------------
+
+
+def put(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path)
+
+
+def test_class_folders_that_differ_between_the_splits(tmp_path, caplog):
+    for name in ("train/cat/1.png", "train/dog/1.png", "val/cat/2.png"):
+        put(tmp_path / name)
+    assert ImageFolder(tmp_path, split="validation", size=8).class_names == ["cat", "dog"]
+    assert "no pictures of dog in validation" in caplog.text
+    put(tmp_path / "val/bird/2.png")
+    with pytest.raises(
+        UserError, match=r"class folders differ: bird in validation but not in train \(train has cat, dog"
+    ):
+        ImageFolder(tmp_path, split="train", size=8)
+    assert len(ImageFolder(tmp_path, split="train", size=8, labels="none")) == 2
+
+
+def test_an_empty_class_folder_is_said_and_is_no_class(tmp_path, caplog):
+    for name in ("cat/1.png", "dog/1.png"):
+        put(tmp_path / name)
+    (tmp_path / "bird").mkdir()
+    assert ImageFolder(tmp_path, size=8).class_names == ["cat", "dog"]
+    assert "no pictures in the class folder" in caplog.text and "bird" in caplog.text

@@ -22,6 +22,7 @@ from PIL import Image
 
 from ldm.config import leaves
 from tests.cli.tools import QUICK, ROOT, only_run, run_main
+from tests.data.scenes import make_scenes
 from tests.docs.pages import PAGES, commands
 
 RUNS = {
@@ -91,6 +92,11 @@ class Things:
                 path.with_suffix(".txt").write_text(f"picture {i} of a {path.parent.name}", encoding="utf-8")
         return folder
 
+    def scenes(self):
+        """A folder of pictures and masks."""
+        folder = self.folder / "my_scenes"
+        return folder if folder.exists() else make_scenes(folder)
+
     def trained(self):
         """A checkpoint file of the diffusion run."""
         return self.run("run") / "checkpoints/last.ckpt"
@@ -151,6 +157,7 @@ class Things:
 
 STANDS_FOR = {
     r"PATH|my_pictures": Things.pictures,
+    r"my_scenes": Things.scenes,
     r"FILE": Things.trained,
     r"outputs/txt2img-samples/\S+\.png": Things.painted,
     r"sketch\.png|dog\.png": Things.picture,

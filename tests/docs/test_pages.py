@@ -109,6 +109,7 @@ def test_the_grid_table_is_the_code_s():
         ("scripts.evaluate", "evaluation.md"),
         *((f"scripts.{name}", "stable-diffusion.md") for name in ("txt2img", "img2img", "inpaint")),
         ("scripts.compare", "evaluation.md"),
+        ("scripts.classify", "classification.md"),
     ],
 )
 def test_every_flag_is_explained(module, page):

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 from ldm.models import pretrained
-from ldm.models.classifier import TILE, Classifier, filter_picture, labelled
+from ldm.models.classifier import Classifier
+from ldm.models.classifier_pictures import TILE, filter_picture, labelled
 from ldm.modules.classifiers import resnet
 from ldm.util import ConfigError, UserError, instantiate_from_config
 from tests.cli.tools import QUICK, ROOT, config, only_run, run_main
@@ -137,7 +138,7 @@ def test_test_set_is_scored_by_itself():
     trainer = fit(model)
     before = float(trainer.callback_metrics["val/acc1"])
     logged = trainer.test(model, DataLoader(Pictures(), 8), verbose=False)[0]
-    assert set(logged) == {"test/loss", "test/acc1", "test/acc5"}
+    assert set(logged) == {"test/loss", "test/acc1", "test/acc5", "test/ece"}
     assert logged["test/acc1"] == pytest.approx(before)
 
 
@@ -385,7 +386,7 @@ def test_pictures_of_grey_images_and_wide_filters():
     assert filter_picture(torch.randn(4, 8, 3, 3)).shape[:2] == (1, 3)  # a mean over channels, drawn in grey
     linear = classifier()
     linear.model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 7))
-    assert set(linear.eval().log_images(batch())) == {"inputs"}
+    assert set(linear.eval().log_images(batch())) == {"inputs"}  # neither filters nor maps
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
@@ -419,11 +420,12 @@ def test_own_folder_trains_tests_and_goes_on_from_weights(tmp_path, capfd):
     picture_folder(tmp_path / "mine")
     argv = ["-t", "-b", config("configs/classifier/folder.yaml"), f"data.params.root={tmp_path / 'mine'}", *QUICK]
     slim = ["model.params.network_config.params.width=0.125", "data.params.size=16"]
-    assert run_main(*argv, *slim, "--max_epochs", 12, "-l", tmp_path / "a", "model.learning_rate=0.02") == 0
+    slim += ["model.params.scheduler_config.params.warm_up_steps=2"]  # of eighteen steps
+    assert run_main(*argv, *slim, "--max_epochs", 6, "-l", tmp_path / "a", "model.learning_rate=0.02") == 0
     run = only_run(tmp_path / "a")
     rows = list(csv.DictReader((run / "metrics.csv").open()))
     accuracy = [float(r["val/acc1"]) for r in rows if r.get("val/acc1")]
-    assert len(accuracy) == 12 and accuracy[-1] > 0.9
+    assert len(accuracy) == 6 and accuracy[-1] > 0.9
     assert [float(r["test/acc1"]) for r in rows if r.get("test/acc1")][0] > 0.9
     assert not any(r.get("val/acc5") for r in rows)  # three classes
     best = [p.name for p in (run / "checkpoints").glob("epoch=*.ckpt")]

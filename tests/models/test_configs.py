@@ -9,9 +9,10 @@ from ldm.conditions import condition_from, samples_of
 from ldm.config import load_yaml, mappings
 from ldm.generate import load_run
 from tests.cli.tools import QUICK, ROOT, only_run, run_main
+from tests.data.scenes import make_scenes
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-TRAINABLE = [c for c in CONFIGS if "data" in load_yaml(c)]
+TRAINABLE = [c for c in CONFIGS if {"model", "data"} <= set(load_yaml(c))]  # the others go over one of these
 SIZE = 32
 # class -> what is made small; a parameter is only set where the class takes it
 SMALL = {
@@ -49,6 +50,12 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Pictures with masks."""
+    return make_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture(scope="module")
 def first_stage(pictures, tmp_path_factory):
     """A run of kl_folder.yaml for pictures with so many channels."""
     runs = {}
@@ -74,7 +81,8 @@ def conditions(model, run, seeds):
 
 
 @pytest.mark.parametrize("path", TRAINABLE, ids=lambda p: str(p.relative_to(ROOT / "configs")))
-def test_two_steps_pictures_and_samples(path, pictures, first_stage, tmp_path):
+def test_two_steps_pictures_and_samples(path, pictures, scenes, first_stage, tmp_path):
+    pictures = scenes if "SegmentationFolder" in path.read_text() else pictures
     argv = ["-t", "-b", path, "-l", tmp_path, "--max_steps", 2, *QUICK, "data.params.batch_size=4", "--no-test"]
     argv += [f"data.params.root={pictures}", f"data.params.size={SIZE}", *shrink(path)]
     argv += ["lightning.callbacks.image_logger.params.batch_frequency=2", "lightning.trainer.limit_val_batches=1"]

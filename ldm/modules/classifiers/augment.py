@@ -1,0 +1,61 @@
+"""What is done to a batch of images and labels in training, by torchvision's transforms, and views of it in testing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+MIXERS = (v2.MixUp, v2.CutMix)
+VIEWS = ("none", "flip", "flip+shift")
+
+
+class Augment(nn.Module):
+    """Applies transforms in training: most of them to each image by itself, those that mix images to the batch.
+
+    Args:
+        transforms: of `torchvision.transforms.v2`; they see float images [C, H, W] in [0, 1]. Of several that mix
+            (`MixUp`, `CutMix`) one is drawn for each batch.
+
+    Raises:
+        ValueError: something else than a transform.
+    """
+
+    def __init__(self, transforms: Sequence[nn.Module]) -> None:
+        super().__init__()
+        for t in transforms:
+            if not isinstance(t, v2.Transform):
+                raise ValueError(f"got {type(t).__name__}, expected a transform of torchvision.transforms.v2")
+        self.single = nn.Sequential(*(t for t in transforms if not isinstance(t, MIXERS)))
+        self.mixers = nn.ModuleList(t for t in transforms if isinstance(t, MIXERS))
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, C, H, W] in [-1, 1] and labels int64 [B] -> the same, or soft labels [B, num_classes] if mixed."""
+        if len(self.single):
+            images = [self.single(image) for image in (x + 1) / 2]
+            x = (torch.stack(images) * 2 - 1).to(memory_format=torch.channels_last)
+        if len(self.mixers):
+            chosen = int(torch.randint(len(self.mixers), ()))
+            x, labels = self.mixers[chosen](x, labels)
+        return x, labels
+
+
+def views(x: Tensor, kind: str) -> list[tuple[Tensor, float]]:
+    """The images [B, C, H, W] whose logits are averaged in testing, each with its weight; the weights sum to one.
+
+    `none`: x itself. `flip`: and mirrored. `flip+shift`: with half the weight both of them, with the other half both of
+    them moved by a pixel to the upper left and to the lower right, edges mirrored (Jordan 2024, section 3.5).
+    """
+    if kind not in VIEWS:
+        raise ValueError(f"got test_views={kind!r}, expected one of {', '.join(VIEWS)}")
+    if kind == "none":
+        return [(x, 1.0)]
+    both = [x, x.flip(3)]
+    if kind == "flip":
+        return [(v, 0.5) for v in both]
+    padded = [F.pad(v, (1, 1, 1, 1), mode="reflect") for v in both]
+    moved = [p[..., :-2, :-2] for p in padded] + [p[..., 2:, 2:] for p in padded]
+    return [(v, 0.25) for v in both] + [(v, 0.125) for v in moved]
