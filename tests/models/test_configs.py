@@ -17,6 +17,12 @@ SMALL = {
     "UNetModel": {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [2]},
     "AutoencoderKL": {"ddconfig.ch": 32, "ddconfig.num_res_blocks": 1, "ddconfig.resolution": SIZE},
     "VQModel": {"ddconfig.ch": 32, "ddconfig.num_res_blocks": 1, "ddconfig.resolution": SIZE},
+    "Generator": {"channel_base": 256, "channel_max": 16, "z_dim": 16, "w_dim": 16, "mapping_kwargs.num_layers": 2},
+    "Discriminator": {"channel_base": 256, "channel_max": 16},
+    "DCGANGenerator": {"channels": 8},
+    "DCGANDiscriminator": {"channels": 8},
+    "MLPGenerator": {"hidden": [32, 32]},
+    "MLPDiscriminator": {"hidden": [32]},
     "FrozenCLIPEmbedder": {
         "clip_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     },
