@@ -75,6 +75,10 @@ def read(path: str | Path) -> dict[str, Any]:
     _refuse_lookalikes(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+    if path.suffix == ".pkl":
+        from ldm import stylegan_pickle
+
+        return stylegan_pickle.as_checkpoint(path)
     return _read_torch(path)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from collections.abc import Callable, Sequence
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +214,61 @@ class Gallery:
         if self.together is not None and self.pictures:
             path = self.together.save(grid(self.pictures, self.columns), settings)
             self.say(f"all together: {path}")
+
+
+# --- moving pictures --------------------------------------------------------------------------------------------------
+
+
+def write_movie(frames: Iterable[np.ndarray], path: str | Path, fps: int = 24, loop: bool = True) -> int:
+    """Writes uint8 frames [H, W, 1 or 3] as .gif, .mp4 or .png (the last frame only); returns how many there were.
+
+    Args:
+        loop: a .gif starts again at its end.
+
+    Raises:
+        UserError: another ending, or an .mp4 without ffmpeg.
+    """
+    path = Path(path)
+    check_movie(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pages = [Image.fromarray(f[..., 0] if f.shape[2] == 1 else f) for f in frames]
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    if path.suffix == ".gif":
+        options = {"loop": 0} if loop else {}
+        pages[0].save(part, save_all=True, append_images=pages[1:], duration=max(20, round(1000 / fps)), **options)
+    elif path.suffix == ".png":
+        pages[-1].save(part)
+    else:
+        _mp4(pages, part, fps)
+    part.replace(path)
+    return len(pages)
+
+
+def check_movie(path: str | Path) -> None:
+    """Raises UserError for a name that `write_movie` cannot write, before any work is done."""
+    ending = Path(path).suffix
+    if ending not in (".gif", ".mp4", ".png"):
+        raise UserError(f"{path}: expected a name that ends in .gif, .mp4 or .png")
+    if ending == ".mp4":
+        _ffmpeg()
+
+
+def _ffmpeg() -> str:
+    found = shutil.which("ffmpeg")
+    if found is None and importlib.util.find_spec("imageio_ffmpeg"):
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        found = get_ffmpeg_exe()
+    if found is None:
+        raise UserError(".mp4 needs ffmpeg: pip install imageio-ffmpeg (or name the file .gif)")
+    return found
+
+
+def _mp4(pages: Sequence[Image.Image], path: Path, fps: int) -> None:
+    width, height = (n + n % 2 for n in pages[0].size)  # H.264 has no odd sizes
+    argv = [_ffmpeg(), "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+    argv += ["-r", str(fps), "-i", "-", "-pix_fmt", "yuv420p", str(path)]
+    data = b"".join(page.crop((0, 0, width, height)).convert("RGB").tobytes() for page in pages)
+    done = subprocess.run(argv, input=data, capture_output=True)
+    if done.returncode:
+        raise UserError(f"ffmpeg could not write {path.name}: {done.stderr.decode(errors='replace').strip()[:200]}")

@@ -15,7 +15,8 @@ from ldm.util import UserError, accepted_params, get_obj_from_str
 
 WEIGHTS, CONFIG, FIRST_STAGE = "model.safetensors", "config.yaml", "first_stage"
 STAGE = "first_stage_model."
-TRAINING = ("optimizer_config", "ema_decay", "monitor", "cache_latents")
+TRAINING = ("scheduler_config", "optimizer_config", "ema_decay", "monitor", "cache_latents", "use_ema")
+TRAINING += ("discriminator_config", "augment", "augment_params")
 
 
 def release(
@@ -45,7 +46,8 @@ def release(
     if hasattr(model, "model_ema"):
         model.model_ema.copy_to(model._ema_source[0])
         del model.model_ema
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith("loss.") and "." in k}
+    left = ("loss.", *getattr(model, "training_only", ()))
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith(left) and "." in k}
     if "scale_factor" in dict(model.named_buffers()):
         config["model"]["params"]["scale_factor"] = round(float(model.scale_factor), 6)
     model_config, folder = bare(config["model"]), Path(out)

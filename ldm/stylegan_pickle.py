@@ -9,6 +9,7 @@ in `_allowed`; anything else is refused by name before it is imported.
 from __future__ import annotations
 
 import collections
+import inspect
 import io
 import math
 import pickle
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ldm.modules.stylegan2 import Discriminator, Generator, MappingNetwork, SynthesisNetwork
@@ -108,6 +110,31 @@ def load(path: str | Path, name: str = "G_ema") -> nn.Module:
     if name not in networks:
         raise UserError(f"{path}: no network {name!r}, expected one of {', '.join(networks) or 'none'}")
     return build(networks[name])
+
+
+def as_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A file as this project's checkpoints are: `config` (YAML of `ldm.models.stylegan2.StyleGAN2`) and `state_dict`.
+
+    Raises:
+        UserError: see `read` and `build`; no generator.
+    """
+    content = read(path)
+    found = {key: value for key, value in content.items() if isinstance(value, PickledNetwork)}
+    pickled = next((found[key] for key in ("G_ema", "G", "network") if key in found), None)
+    if pickled is None or pickled.class_name != "Generator":
+        raise UserError(f"{path}: no generator, expected a network G_ema; found {', '.join(found) or 'none'}")
+    generator = build(pickled)
+    names = list(inspect.signature(Generator).parameters)
+    params = {**dict(zip(names, pickled.args, strict=False)), **_arguments(pickled)}
+    model: dict[str, Any] = {"generator_config": {"target": "ldm.modules.stylegan2.Generator", "params": params}}
+    model["use_ema"] = False
+    if generator.c_dim:
+        model |= {"cond_stage_key": "class_label", "num_classes": generator.c_dim}
+    state = {f"generator.{key}": value for key, value in generator.state_dict().items()}
+    if "D" in found:
+        state |= {f"discriminator.{key}": value for key, value in found["D"].state.items()}
+    config = {"model": {"target": "ldm.models.stylegan2.StyleGAN2", "params": model}}
+    return {"config": OmegaConf.to_yaml(OmegaConf.create(config)), "state_dict": state}
 
 
 def _arguments(network: PickledNetwork) -> dict[str, Any]:

@@ -164,7 +164,10 @@ def _plain(node: Any) -> Any:
 
 
 def accepted_params(cls: Any) -> dict[str, inspect.Parameter] | None:
-    """Parameters that `cls(...)` takes, following `**kwargs` up the bases; None if anything goes."""
+    """Parameters that `cls(...)` takes, following `**kwargs` up the bases; None if anything goes.
+
+    A class that hands its `**kwargs` to another one instead names it in `forwards_kwargs_to`.
+    """
     if not inspect.isclass(cls):
         params = inspect.signature(cls).parameters
         return None if _has_kwargs(params) else dict(params)
@@ -179,6 +182,8 @@ def accepted_params(cls: Any) -> dict[str, inspect.Parameter] | None:
         for name, p in list(params.items())[1:]:
             if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
                 found.setdefault(name, p)
+        if "forwards_kwargs_to" in vars(base):
+            return {**(accepted_params(base.forwards_kwargs_to) or {}), **found}
         if not _has_kwargs(params) or base is object:
             return found
     return None

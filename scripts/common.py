@@ -74,6 +74,23 @@ def parse_settings(items: list[str]) -> dict[str, Any]:
     return dict(OmegaConf.to_container(OmegaConf.from_dotlist(items)))
 
 
+def parse_seeds(text: str) -> list[int]:
+    """ "0-31" or "3,7,12", or both: "0-3,7".
+
+    Raises:
+        UserError: written in another way.
+    """
+    from ldm.util import UserError
+
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise UserError(f"--seeds {text}: expected numbers and ranges such as 0-31 or 3,7,12")
+        seeds += range(int(first), int(last or first) + 1)
+    return seeds
+
+
 @contextlib.contextmanager
 def progress(model: Any, knobs: dict[str, Any], **extra: Any) -> Iterator[dict[str, Any]]:
     """Gives {"callback": f} that moves a bar with the time per step, or {} if `sample` has no callback."""

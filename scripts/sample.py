@@ -9,6 +9,7 @@ python scripts/sample.py --like outputs/samples/00000.png
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts import common  # noqa: E402
+
+KNOBS = ("scale", "steps", "sampler", "grid", "eta", "truncation", "noise_mode", "style_mix")  # flags of their own
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,6 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sampler", default=None, help="ddpm, ddim, plms, euler, heun, dpmpp_2m, unipc, ...")
     add("--grid", default=None, help="time grid: official, trailing, karras, exponential, ...")
     add("--eta", type=float, default=None, help="noise of ddim: 0 none, 1 as DDPM")
+    add("--truncation", type=float, default=None, help="StyleGAN2's psi: 1 none, 0.7 fewer odd pictures")
+    add("--noise-mode", default=None, help="StyleGAN2's noise: const, random, none")
+    add("--style-mix", type=int, metavar="SEED", default=None, help="StyleGAN2: fine styles of this seed's picture")
+    add("--interpolate", metavar="FILE", default=None, help=".gif or .mp4 of a walk from seed to seed, for GANs")
+    add("--seeds", default=None, help="which pictures: 0-31, or 3,7,12 (in place of --seed and -n)")
     add("--seed", type=int, default=None, help="seed of the first picture; picture i has seed + i (default: 0)")
     add(
         "--weights",
@@ -64,7 +72,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.like:
         old["n_samples"] = 1
     settings = {k: getattr(args, k) if getattr(args, k) is not None else old.get(k) for k in keys}
-    knobs = {k: getattr(args, k) for k in ("scale", "steps", "sampler", "grid", "eta")}
+    knobs = {k: getattr(args, k) for k in KNOBS}
     knobs |= common.parse_settings(args.set)
     settings["knobs"] = {**old.get("knobs", {}), **{k: v for k, v in knobs.items() if v is not None}}
     settings["sha256"] = old.get("sha256") if not args.run else None
@@ -79,12 +87,10 @@ def draw(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     if not settings["run"]:
         raise UserError("which run? give -r logs/<run> (or --like picture.png)")
-    first = settings["seed"] or 0
     model, info = generate.load_run(settings["run"])
     maps = Maps(model, info, settings) if settings["cond_from"] else None
-    count = (len(maps) if maps else 16) if settings["n_samples"] is None else settings["n_samples"]
-    if count < 1:
-        raise UserError(f"-n {count}: expected at least 1")
+    numbers = seeds_of(args, settings, len(maps) if maps else 16)
+    first, count = numbers[0], len(numbers)
     if settings["sha256"] not in (None, info["sha256"]):
         print(f"note: {info['checkpoint']} has changed since {args.like} was made")
     model.to(generate.pick_device(args.device))
@@ -93,8 +99,12 @@ def draw(args: argparse.Namespace) -> None:
     print(f"{info['checkpoint']}, weights: {weights}")
     record = {**settings, "weights": weights, "sha256": info["sha256"], **generate.versions()}
     outdir, images = Path(args.outdir), []
+    if args.interpolate:
+        with scope:
+            walk(model, condition(model, settings, numbers, options, maps), numbers, knobs, args.interpolate)
+        return
     with scope:
-        for seeds in generate.batches(range(first, first + count), 1 if maps else args.batch_size):
+        for seeds in generate.batches(numbers, 1 if maps else args.batch_size):
             cond = condition(model, settings, seeds, options, maps)
             with common.progress(model, knobs) as callback:
                 x = model.sample(cond, seeds=seeds, **knobs, **callback)
@@ -114,6 +124,40 @@ def draw(args: argparse.Namespace) -> None:
         generate.pictures(grid[None], info["checkpoint"])[0], path, {**record, "seed": first, "n_samples": count}
     )
     print(f"{count} pictures in {outdir}, together in {path}")
+
+
+def seeds_of(args: argparse.Namespace, settings: dict[str, Any], count: int) -> list[int]:
+    """The seeds of --seeds, or n from --seed on; `count` is the default of n."""
+    from ldm.util import UserError
+
+    if args.seeds is not None:
+        if settings["n_samples"] is not None or args.seed is not None:
+            raise UserError("--seeds says which pictures: leave --seed and -n out")
+        return common.parse_seeds(args.seeds)
+    count = count if settings["n_samples"] is None else settings["n_samples"]
+    if count < 1:
+        raise UserError(f"-n {count}: expected at least 1")
+    first = settings["seed"] or 0
+    return list(range(first, first + count))
+
+
+def walk(model: Any, cond: Any, seeds: list[int], knobs: dict[str, Any], file: str) -> None:
+    """Writes the way from each seed's picture to the next one's, and back to the first."""
+    from tqdm import tqdm
+
+    from ldm.picture_files import check_movie, write_movie
+    from ldm.util import UserError, to_uint8
+
+    check_movie(file)
+    if not hasattr(model, "interpolate"):
+        raise UserError(f"--interpolate: {type(model).__name__} has no way from picture to picture")
+    if len(seeds) < 2:
+        raise UserError("--interpolate needs two pictures or more: -n 8, or --seeds 3,7,12")
+    unknown = set(knobs) - set(inspect.signature(model.interpolate).parameters)
+    if unknown:
+        raise UserError(f"--{min(unknown).replace('_', '-')} and --interpolate do not go together")
+    bar = tqdm(model.interpolate(cond, seeds=seeds, **knobs), desc="drawing", unit="frame", leave=False)
+    print(f"{write_movie((to_uint8(frame[None])[0] for frame in bar), file)} frames in {file}")
 
 
 def condition(

@@ -76,6 +76,14 @@ def save(path, content, protocol=4):
     return path
 
 
+def write_generator(nvidia, folder):
+    """A file with G_ema and D; its path and the generator."""
+    torch.manual_seed(0)
+    G, D = Generator(**G_KWARGS), Discriminator(2, **SIZE)
+    content = {"G_ema": Persistent(nvidia, G, kwargs=G_KWARGS), "D": Persistent(nvidia, D, args=(2,), kwargs=SIZE)}
+    return save(folder / "network.pkl", content), G.eval()
+
+
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_networks_come_back(nvidia, tmp_path, protocol):
     torch.manual_seed(0)

@@ -24,6 +24,7 @@ class AdversarialModel(BaseModel):
 
     Args:
         accumulate: batches per update; what is left at the end of an epoch makes an update too.
+        disc_steps: updates of the discriminator per update of the generator, each on batches of its own.
         clip: largest gradient norm, of the generator and of the discriminator apart; None for no limit.
 
     `accumulate_grad_batches` and `gradient_clip_val` of the Trainer, which Lightning refuses for two optimisers, are
@@ -32,14 +33,15 @@ class AdversarialModel(BaseModel):
 
     loss_names = ("generator_loss", "discriminator_loss")  # what the two losses are logged as
 
-    def __init__(self, *, accumulate: int = 1, clip: float | None = None, **base: Any) -> None:
+    def __init__(self, *, accumulate: int = 1, clip: float | None = None, disc_steps: int = 1, **base: Any) -> None:
         super().__init__(**base)
-        if accumulate < 1:
-            raise ValueError(f"accumulate: got {accumulate}, expected at least 1")
+        for name, value in (("accumulate", accumulate), ("disc_steps", disc_steps)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
         self.automatic_optimization = False
-        self.accumulate, self.clip = accumulate, clip
+        self.accumulate, self.clip, self.disc_steps = accumulate, clip, disc_steps
         self.clip_algorithm: str | None = None
-        self.updates = 0
+        self.updates = self.disc_updates = 0
         self._window: list[dict[str, Any]] = []
 
     # --- what a recipe fills in ---------------------------------------------------------------------------------------
@@ -59,6 +61,9 @@ class AdversarialModel(BaseModel):
     def discriminator_parameters(self) -> list[nn.Parameter]:
         """What the second optimiser holds; nothing = there is no second one, and no discriminator_loss."""
         raise NotImplementedError(f"{type(self).__name__} does not define discriminator_parameters()")
+
+    def after_discriminator(self) -> None:
+        """Called after each update of the discriminator."""
 
     # --- optimisers ---------------------------------------------------------------------------------------------------
 
@@ -99,20 +104,29 @@ class AdversarialModel(BaseModel):
         self._window.append(batch)
         optimizers = self.optimizers()
         generator, *others = optimizers if isinstance(optimizers, list) else [optimizers]
-        total = self._backward(self.generator_loss, batch, self.discriminator_parameters(), self.loss_names[0])
+        plays = (self.disc_updates + 1) % self.disc_steps == 0  # the generator has its turn in this window
+        total = torch.zeros((), device=self.device)
+        if plays:
+            total = self._backward(self.generator_loss, batch, self.discriminator_parameters(), self.loss_names[0])
         if not self._window_ends(batch_idx):
             return total
         # all batches of one network before the next: a fp16 scaler may change its scale at every step
         window, self._window = self._window, []
-        generator.step()
-        generator.zero_grad(set_to_none=True)
+        if plays:
+            generator.step()
+            generator.zero_grad(set_to_none=True)
         for discriminator in others:
             total = total + self._train_discriminator(discriminator, window)
+        self.disc_updates += 1
+        if plays:
+            self._count_update()
+        return total
+
+    def _count_update(self) -> None:
         for scheduler in self._schedulers():
             scheduler.step()
         self.updates += 1
         self.update_ema()
-        return total
 
     def _train_discriminator(self, discriminator: Any, window: Sequence[dict[str, Any]]) -> Tensor:
         frozen_ones = self.generator_parameters()
@@ -120,6 +134,7 @@ class AdversarialModel(BaseModel):
         # past Lightning's wrapper, which would count this as another step
         self.trainer.strategy.optimizer_step(discriminator.optimizer, lambda: None)
         discriminator.zero_grad(set_to_none=True)
+        self.after_discriminator()
         return torch.stack(losses).sum()
 
     def _backward(
@@ -154,11 +169,12 @@ class AdversarialModel(BaseModel):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["updates"] = self.updates
+        checkpoint["updates"], checkpoint["disc_updates"] = self.updates, self.disc_updates
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.updates = int(checkpoint.get("updates", checkpoint.get("global_step", 0)))
+        self.disc_updates = int(checkpoint.get("disc_updates", self.updates * self.disc_steps))
 
 
 @contextmanager

@@ -23,11 +23,16 @@ Critic = Callable[[Tensor], Tensor]  # images [B, C, H, W] -> logits [B, ...]
 
 
 class GanLoss(NamedTuple):
-    """The two players' losses, and whether the generator's needs the logits of real images."""
+    """The two players' losses.
+
+    relativistic: the generator's needs the logits of real images.
+    boundary: the logit that parts real from generated; None where the numbers have no such meaning.
+    """
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor, Tensor | None], Tensor]
     relativistic: bool = False
+    boundary: float | None = 0.0
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -108,16 +113,33 @@ LOSSES: dict[str, GanLoss] = {
     "vanilla": GanLoss(vanilla_d, non_saturating_g),
     "minimax": GanLoss(vanilla_d, minimax_g),
     "softplus": GanLoss(logistic_d, non_saturating_g),
-    "lsgan": GanLoss(lsgan_d, lsgan_g),
-    "wgan": GanLoss(wgan_d, wgan_g),
+    "lsgan": GanLoss(lsgan_d, lsgan_g, boundary=0.5),
+    "wgan": GanLoss(wgan_d, wgan_g, boundary=None),
     "hinge": GanLoss(hinge_d, wgan_g),
-    "relativistic": GanLoss(relativistic_d, relativistic_g, relativistic=True),
+    "relativistic": GanLoss(relativistic_d, relativistic_g, relativistic=True, boundary=None),
 }
 
 
-def accuracy(real: Tensor, fake: Tensor) -> Tensor:
-    """Share of images that the discriminator puts on the right side of 0."""
-    return 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
+def accuracy(real: Tensor, fake: Tensor, boundary: float = 0.0) -> Tensor:
+    """Share of images that the discriminator puts on the right side of the boundary."""
+    return 0.5 * ((real > boundary).float().mean() + (fake < boundary).float().mean())
+
+
+def diversity(images: Tensor, labels: Tensor | None = None, side: int = 64) -> Tensor:
+    """Mean distance between two different images, root mean square over pixels; NaN without a pair.
+
+    Args:
+        images: [B, C, H, W]; larger ones are averaged down to `side` pixels.
+        labels: [B]; only pairs of the same class count.
+    """
+    if max(images.shape[2:]) > side:
+        images = F.adaptive_avg_pool2d(images, [min(side, n) for n in images.shape[2:]])
+    x = images.detach().float().flatten(1)
+    distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(x.shape[1])
+    pairs = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+    if labels is not None:
+        pairs &= labels[:, None] == labels[None, :]
+    return (distances * pairs).sum() / pairs.sum()
 
 
 # --- penalties on the discriminator's gradient ------------------------------------------------------------------------

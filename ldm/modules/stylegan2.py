@@ -49,6 +49,8 @@ class SynthesisBlock(Block):
         **layer_kwargs: further arguments of `SynthesisLayer`.
     """
 
+    forwards_kwargs_to = SynthesisLayer
+
     def __init__(
         self,
         in_channels: int,
@@ -145,6 +147,8 @@ class SynthesisNetwork(nn.Module):
         **block_kwargs: further arguments of `SynthesisBlock`.
     """
 
+    forwards_kwargs_to = SynthesisBlock
+
     def __init__(
         self,
         w_dim: int,
@@ -228,6 +232,8 @@ class Generator(nn.Module):
         mapping_kwargs: further arguments of `MappingNetwork`.
         **synthesis_kwargs: further arguments of `SynthesisNetwork`.
     """
+
+    forwards_kwargs_to = SynthesisNetwork
 
     def __init__(
         self,

@@ -33,11 +33,13 @@ RUNS = {
     "first_run": "configs/autoencoder/kl_digits.yaml",
     "latent_run": "configs/latent-diffusion/digits_class.yaml",
     "folder_run": "configs/autoencoder/kl_folder.yaml",
+    "gan_run": "configs/gan/dcgan_digits.yaml",
+    "stylegan_run": "configs/gan/stylegan2_digits.yaml",
 }
 DIFFUSION = {name for name, config in RUNS.items() if "diffusion/" in config}
 FIRST_STAGE = {"latent_run": "first_run"}  # the run that another one starts from
 # what makes a network or an evaluation small: key of a YAML -> value
-SMALL = {"model_channels": 32, "num_res_blocks": 1, "iwae_samples": 1, "ch": 32, "batch_size": 4}
+SMALL = {"model_channels": 32, "num_res_blocks": 1, "iwae_samples": 1, "ch": 32, "batch_size": 4, "channel_max": 16}
 # what makes a sampling command short: flag -> the most that is run
 SHORT = {"-n": 10, "--n_samples": 10, "--n-samples": 10, "--steps": 3, "--max_steps": 1, "--max_epochs": 1}
 SHORT |= {"--H": 32, "--W": 32}
@@ -109,6 +111,14 @@ class Things:
             assert run_script("sample.py", argv) == 0
         return path
 
+    def drag_mask(self):
+        """A mask for a picture of the StyleGAN2 run: all but the right edge may change."""
+        path = self.folder / "drag_mask.png"
+        mask = np.zeros((32, 32), np.uint8)
+        mask[:, :28] = 255
+        Image.fromarray(mask).save(path)
+        return path
+
     def official(self):
         """A small file with the names of Stable Diffusion 1, and its YAML beside it."""
         from tests.conversion.models import config, modules, official_state
@@ -162,6 +172,7 @@ STANDS_FOR = {
     r"outputs/txt2img-samples/\S+\.png": Things.painted,
     r"sketch\.png|dog\.png": Things.picture,
     r"mask\.png": Things.mask,
+    r"drag_mask\.png": Things.drag_mask,
     r"prompts\.txt": Things.prompts,
     r"picture\.png|outputs/\S+\.png": Things.drawn,
     r"(models/ldm/stable-diffusion-v1/)?model\.ckpt": Things.official,
@@ -272,7 +283,7 @@ def test_command(command, things, tmp_path, monkeypatch, capfd):
     argv = shorten(script, words)
     if script in PAINTERS:
         shutil.copytree(things.official().parent, tmp_path / SD_PLACE, dirs_exist_ok=True)
-    if {"--help", "-h"} & set(argv):
+    if {"--help", "-h"} & set(argv) or script == "scripts/webui.py":  # that would serve until it is stopped
         code = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True).returncode
     elif script == "main.py":
         code = run_training(argv, things)

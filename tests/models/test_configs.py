@@ -21,6 +21,12 @@ SMALL = {
     "VQModel": {"ddconfig.ch": 32, "ddconfig.num_res_blocks": 1, "ddconfig.resolution": SIZE},
     "DiT": {"hidden_size": 32, "depth": 1, "num_heads": 2, "context_dim": 32},
     "WordEmbedder": {"dim": 32, "depth": 1, "heads": 2},
+    "Generator": {"channel_base": 256, "channel_max": 16, "z_dim": 16, "w_dim": 16, "mapping_kwargs.num_layers": 2},
+    "Discriminator": {"channel_base": 256, "channel_max": 16},
+    "DCGANGenerator": {"channels": 8},
+    "DCGANDiscriminator": {"channels": 8},
+    "MLPGenerator": {"hidden": [32, 32]},
+    "MLPDiscriminator": {"hidden": [32]},
     "FrozenCLIPEmbedder": {
         "clip_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     },
