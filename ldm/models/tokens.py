@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.base import BaseModel, Config
+from ldm.models.first_stage import first_stage_of_run
 from ldm.modules.decoding import check_filters, generate
 from ldm.modules.gpt import Transformer
 from ldm.util import SeededNoise, UserError, instantiate_from_config
@@ -22,10 +23,11 @@ class TokenModel(BaseModel):
     """A transformer over the tokens of a frozen first stage.
 
     A condition is {"prefix": int64 [B, T], "uncond": the same without the condition, or None, "primed": image tokens
-    [B, P] that are given, or absent}.
+    [B, P] that are given (-1: to be drawn), or absent}.
 
     Args:
-        first_stage_config: `{target, params}` of a VQ model, or of `ldm.modules.codebooks.PixelCodes`.
+        first_stage_config: `{target, params}` of a VQ model or of `ldm.modules.codebooks.PixelCodes`, or the path of a
+            run or checkpoint of this project.
         first_stage_key: batch key of the images.
         cache_codes: keep the tokens of each picture, by the batch's `relpath`; for data without augmentation.
         use_ema: average the transformer's weights.
@@ -37,7 +39,7 @@ class TokenModel(BaseModel):
 
     def __init__(
         self,
-        first_stage_config: Config,
+        first_stage_config: Config | str,
         *,
         first_stage_key: str = "image",
         cache_codes: bool = False,
@@ -48,8 +50,10 @@ class TokenModel(BaseModel):
         super().__init__(**{"optimizer_config": ADAMW, **base})
         self._averaged = ema_decay if use_ema else None
         self.first_stage_key, self.cache_codes = first_stage_key, cache_codes
-        self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
-        self._codes: dict[str, Tensor] = {}
+        of_run = isinstance(first_stage_config, str)
+        stage = first_stage_of_run(first_stage_config) if of_run else instantiate_from_config(first_stage_config)
+        self.first_stage_model = stage.eval().requires_grad_(False)
+        self._codes: dict[tuple[str, int], Tensor] = {}
         self._check_first_stage()
 
     def _check_first_stage(self) -> None:
@@ -115,29 +119,38 @@ class TokenModel(BaseModel):
     # --- tokens -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode_images(self, x: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1] -> tokens int64 [B, h w] in raster order.
+    def encode_images(self, x: Tensor, shrink: int = 1) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] -> tokens int64 [B, h w / shrink^2] in raster order.
+
+        Args:
+            x: images.
+            shrink: factor by which the images are made smaller first.
 
         Raises:
             UserError: the images give another grid than the transformer was built for.
         """
+        h, w = self.grid
+        size = f"{x.shape[2]}x{x.shape[3]}"
+        if shrink > 1:
+            x = F.avg_pool2d(x, shrink)
         quant, _, (_, _, codes) = self.first_stage_model.encode(x)
-        if tuple(quant.shape[2:]) != self.grid:
+        got = quant.shape[2] * shrink, quant.shape[3] * shrink
+        if got != (h, w):
             raise UserError(
-                f"images of {x.shape[2]}x{x.shape[3]} pixels give {quant.shape[2]}x{quant.shape[3]} tokens, but the "
-                f"model was built for {self.grid[0]}x{self.grid[1]} (ddconfig.resolution of the first stage): set "
-                "data.params.size"
+                f"images of {size} pixels give {got[0]}x{got[1]} tokens, but the model was built for {h}x{w} "
+                "(ddconfig.resolution of the first stage): set data.params.size"
             )
         return codes.reshape(len(x), -1)
 
-    def image_tokens(self, batch: dict[str, Any]) -> Tensor:
-        """The batch's tokens [B, h w], from memory where `cache_codes` is on."""
+    def image_tokens(self, batch: dict[str, Any], shrink: int = 1) -> Tensor:
+        """The batch's tokens [B, h w / shrink^2], from memory where `cache_codes` is on."""
         names = batch.get("relpath") if self.cache_codes else None
-        if names is not None and all(n in self._codes for n in names):
-            return torch.stack([self._codes[n] for n in names]).to(self.device)
-        tokens = self.encode_images(self.get_input(batch, self.first_stage_key))
-        if names is not None:
-            self._codes.update(zip(names, tokens.cpu(), strict=True))
+        keys = None if names is None else [(name, shrink) for name in names]
+        if keys is not None and all(k in self._codes for k in keys):
+            return torch.stack([self._codes[k] for k in keys]).to(self.device)
+        tokens = self.encode_images(self.get_input(batch, self.first_stage_key), shrink)
+        if keys is not None:
+            self._codes.update(zip(keys, tokens.cpu(), strict=True))
         return tokens
 
     @torch.no_grad()

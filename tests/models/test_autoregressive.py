@@ -9,7 +9,8 @@ from PIL import Image
 
 from ldm import checkpoint
 from ldm.data.datamodule import DataModuleFromConfig
-from ldm.models.autoregressive import DALLE, CogView, ImageGPT
+from ldm.models.autoregressive import DALLE, ImageGPT
+from ldm.models.cogview import CogView
 from ldm.models.net2net import Net2NetTransformer
 from ldm.models.vqgan import VQNoDiscModel
 from ldm.util import UserError, instantiate_from_config
