@@ -11,6 +11,7 @@ COMMANDS = (
     ["overhead.py", "classifier"],
     ["overhead.py", "ddpm"],
     ["ddpm_step.py"],
+    ["gpt.py"],
     ["stylegan2.py"],
     ["unet.py"],
     ["txt2img.py"],

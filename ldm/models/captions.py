@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from ldm.models.base import Config
+from ldm.models.framework import rank_zero_info, rank_zero_warn
 from ldm.models.tokens import Condition, TokenModel
 from ldm.modules.bpe import BytePairs
 from ldm.util import SeededNoise, UserError, log_txt_as_img

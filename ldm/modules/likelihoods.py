@@ -87,15 +87,18 @@ class LogitLaplace(nn.Module):
 
     Args:
         eps: the paper's 0.1.
+        least: smallest scale. Pixels come in steps of 1 / 255, about 0.02 behind the logit: drawings with flat colours
+            would otherwise have no finite optimum.
     """
 
-    def __init__(self, eps: float = 0.1) -> None:
+    def __init__(self, eps: float = 0.1, least: float = 0.01) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.least = eps, least
 
     def log_prob(self, x: Tensor, out: Tensor) -> Tensor:
         """x [B, C, H, W] in [-1, 1], out [B, 2 C, H, W] (location and log-scale) -> log density of the moved x, [B]."""
         loc, log_scale = out.chunk(2, 1)
+        log_scale = log_scale.clamp_min(math.log(self.least))
         u = (1 - 2 * self.eps) * (x + 1) / 2 + self.eps
         log_p = -(torch.logit(u) - loc).abs() * torch.exp(-log_scale) - log_scale - math.log(2) - torch.log(u * (1 - u))
         return log_p.flatten(1).sum(1)
