@@ -103,7 +103,7 @@ def read_pictures(model: Any, files: Sequence[str | Path]) -> Tensor:
     fit, pictures = Fit((height, width), channels), []
     for file in files:
         try:
-            pictures.append(torch.from_numpy(fit(Path(file).read_bytes())))
+            pictures.append(torch.tensor(fit(Path(file).read_bytes())))
         except OSError as e:
             raise UserError(f"{file} cannot be read as a picture: {e.strerror or e}") from e
     return torch.stack(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
