@@ -38,9 +38,7 @@ def reconstruction(model: Any, x: Tensor, batch_size: int = 64) -> dict[str, flo
     decibels, similarity, errors = [], [], []
     for part in tqdm(x.split(batch_size), desc="reconstructing", leave=False):
         part = part.to(model.device)
-        z = model.encode_first_stage(part)
-        z = z.mode() if hasattr(z, "mode") else z
-        again = model.first_stage_model.decode(z).float().clamp(-1, 1)
+        again = first_stage(model, part)[1].float().clamp(-1, 1)
         decibels.append(psnr(again, part).cpu())
         errors.append((again - part).square().flatten(1).mean(1).cpu())
         similarity.append(ssim(again, part, data_range=2.0, reduction="none").flatten().cpu())
@@ -52,6 +50,16 @@ def reconstruction(model: Any, x: Tensor, batch_size: int = 64) -> dict[str, flo
     }
 
 
+def first_stage(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(latents, what the first stage makes of them), of a latent diffusion model or a transformer over tokens."""
+    if hasattr(model, "draw_tokens"):
+        tokens = model.encode_images(x)
+        return model.first_stage_model.encode(x)[0], model.decode_tokens(tokens)
+    z = model.encode_first_stage(x)
+    z = z.mode() if hasattr(z, "mode") else z
+    return z, model.first_stage_model.decode(z)
+
+
 @torch.no_grad()
 def draw(model: Any, prompts: Sequence[str], batch_size: int, seed: int, knobs: dict[str, Any]) -> Tensor:
     """One picture a prompt, [N, C, H, W] in [-1, 1] on the CPU; picture i has seed + i."""
@@ -59,7 +67,8 @@ def draw(model: Any, prompts: Sequence[str], batch_size: int, seed: int, knobs: 
     for at in tqdm(range(0, len(prompts), batch_size), desc="drawing", unit="batch", leave=False):
         texts = list(prompts[at : at + batch_size])
         seeds = list(range(seed + at, seed + at + len(texts)))
-        cond = model.condition(seeds, prompts=texts, weights=False)
+        plain = {} if hasattr(model, "draw_tokens") else {"weights": False}
+        cond = model.condition(seeds, prompts=texts, **plain)
         found.append(model.sample(cond, seeds=seeds, **knobs).float().cpu())
     return torch.cat(found)
 
@@ -67,11 +76,20 @@ def draw(model: Any, prompts: Sequence[str], batch_size: int, seed: int, knobs: 
 @torch.no_grad()
 def latents(model: Any, x: Tensor, batch_size: int = 64) -> Tensor:
     """Modes of the first stage's posteriors, [N, c, h, w] on the CPU."""
-    found = []
-    for part in x.split(batch_size):
-        z = model.encode_first_stage(part.to(model.device))
-        found.append((z.mode() if hasattr(z, "mode") else z).float().cpu())
-    return torch.cat(found)
+    return torch.cat([first_stage(model, part.to(model.device))[0].float().cpu() for part in x.split(batch_size)])
+
+
+@torch.no_grad()
+def captioning(model: Any, data: OpenMoji, batch_size: int = 64) -> dict[str, Any]:
+    """CogView's captions of all drawings.
+
+    Returns:
+        exact: share that is one of the drawing's own captions; wrong: what was said of the others, by their name.
+    """
+    said = [t for part in images_of(data).split(batch_size) for t in model.caption(part)]
+    pairs = list(zip(said, data.captions, strict=True))
+    wrong = {names[0]: text for text, names in pairs if text not in names}
+    return {"exact": sum(text in names for text, names in pairs) / len(pairs), "n": len(pairs), "wrong": wrong}
 
 
 def fidelity(model: Any, drawn: Tensor, prompts: Sequence[str], data: OpenMoji) -> dict[str, Any]:

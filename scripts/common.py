@@ -225,7 +225,7 @@ def shipped_model(args: argparse.Namespace) -> dict[str, Any]:
     """Where no model is named and Stable Diffusion is not linked: the checkpoint and settings of the project's own."""
     from ldm import text2image
 
-    named = args.ckpt or args.config or getattr(args, "ldm", False) or getattr(args, "laion400m", False)
+    named = args.ckpt or args.config or any(getattr(args, name, None) for name in ("run", "ldm", "laion400m"))
     if named or text2image.weights_at(SD_WEIGHTS) or (found := text2image.find(SHIPPED)) is None:
         return {}
     print(
@@ -305,7 +305,7 @@ def open_token_painter(args: argparse.Namespace, settings: dict[str, Any]) -> An
     print(f"{settings['run']}: weights: {facts['weights']} on {device.type}")
     if settings.pop("like_digest", None) not in (None, facts["digest"]):
         print(f"note: {settings['run']} has changed since {args.like} was made")
-    for name in ("sampler", "grid", "eta", "clip_skip", "long_prompt", "config", "ckpt", "H", "W"):
+    for name in ("sampler", "grid", "eta", "clip_skip", "long_prompt", "config", "ckpt", "model_size", "H", "W"):
         settings.pop(name, None)
     settings |= {**facts, "steps": painter.steps, "scale": painter.scale}
     return painter

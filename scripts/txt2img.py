@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> None:
     if settings["run"] and common.draws_tokens(settings["run"]):
         paint_run(args, settings, prompts, pictures)
         return
-    settings["ckpt"] = settings["ckpt"] or settings.pop("run")
+    run = settings.pop("run")
+    settings["ckpt"] = settings["ckpt"] or run
     other = args.laion400m or args.ldm
     config, weights = (LDM_CONFIG, LDM_WEIGHTS) if other else (common.SD_CONFIG, common.SD_WEIGHTS)
     painter = common.open_painter(args, settings, config, weights)

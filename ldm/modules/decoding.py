@@ -66,6 +66,16 @@ def choose(logits: Tensor, u: Tensor | None, temperature: float, top_k: int | No
     return draw(filter_logits(logits, temperature, top_k, top_p), u)
 
 
+def _given(prefix: Tensor, primed: Tensor | None, steps: int) -> tuple[Tensor, int]:
+    """(tokens [B, steps] with -1 where they are to be drawn, how many at the beginning are given in all rows)."""
+    if prefix.shape[1] == 0:
+        raise ValueError("prefix: got no tokens, expected at least one to start from")
+    tokens = prefix.new_full((len(prefix), steps), -1)
+    if primed is not None:
+        tokens[:, : primed.shape[1]] = primed[:, :steps]
+    return tokens, int((tokens >= 0).all(0).long().cumprod(0).sum())
+
+
 @torch.no_grad()
 def generate(
     model: Transformer,
@@ -104,19 +114,11 @@ def generate(
         ValueError: sequence over the position table, empty prefix, or filters that make no sense.
     """
     check_filters((model.vocab_size if last is None else last) - first, temperature, top_k, top_p)
-    B, T = prefix.shape
-    if T == 0:
-        raise ValueError("prefix: got no tokens, expected at least one to start from")
-    tokens = prefix.new_full((B, steps), -1)
-    if primed is not None:
-        tokens[:, : primed.shape[1]] = primed[:, :steps]
-    known = tokens >= 0
-    begun = int(known.all(0).long().cumprod(0).sum())  # so many first tokens need no drawing
-    given = tokens[:, :begun]
+    tokens, begun = _given(prefix, primed, steps)
+    known, T = tokens >= 0, prefix.shape[1]
     guided = uncond is not None and scale != 1.0
-    new = torch.cat([prefix, given + first], 1)
-    if guided:
-        new = torch.cat([new, torch.cat([uncond, given + first], 1)])
+    starts = [prefix, uncond] if guided else [prefix]
+    new = torch.cat([torch.cat([start, tokens[:, :begun] + first], 1) for start in starts])
     cache = Cache(model, len(new), T + steps - 1)
     for i in range(begun, steps):
         logits = model.logits(model.features(new, cache=cache, image_start=image_start)[:, -1], first, last)

@@ -62,7 +62,7 @@ def train(tmp_path_factory):
             argv += ["lightning.callbacks.image_logger.params.max_images=2", "--limit_train_batches", 4]
             if (below or name) in FIRST:
                 argv.append(f"first_stage={run(FIRST[below or name])}")
-            argv += ["--init-from", run(below)] if below else []
+            argv += ["--init-from", run(below) / "checkpoints/last.ckpt"] if below else []
             assert run_main(*argv) == 0
             runs[name] = only_run(logs)
         return runs[name]
