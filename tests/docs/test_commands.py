@@ -28,10 +28,16 @@ RUNS = {
     "run": "configs/diffusion/ddpm_digits.yaml",
     "classifier_run": "configs/classifier/resnet_digits.yaml",
     "vae_run": "configs/autoencoder/vae_digits.yaml",
+    "gpt_run": "configs/autoregressive/digits_gpt.yaml",
+    "vq_run": "configs/autoregressive/openmoji_vqgan.yaml",
+    "dalle_run": "configs/autoregressive/openmoji_dalle.yaml",
+    "cogview_run": "configs/autoregressive/openmoji_cogview.yaml",
 }
+FIRST_STAGE = {"dalle_run": "vq_run", "cogview_run": "vq_run"}  # the run that another one starts from
 DIFFUSION = {name for name, config in RUNS.items() if config.startswith("configs/diffusion/")}
 # what makes a network or an evaluation small: key of a YAML -> value
-SMALL = {"model_channels": 32, "num_res_blocks": 1, "iwae_samples": 1, "ch": 16, "batch_size": 4}
+SMALL = {"model_channels": 32, "num_res_blocks": 1, "iwae_samples": 1, "ch": 32, "batch_size": 4}
+SMALL |= {"n_layer": 1}
 # what makes a sampling command short: flag -> the most that is run
 SHORT = {"-n": 10, "--n_samples": 10, "--n-samples": 10, "--steps": 3, "--max_steps": 1, "--max_epochs": 1}
 SHORT |= {"--H": 32, "--W": 32}
@@ -62,6 +68,8 @@ class Things:
         if name not in self.runs:
             yaml = str(ROOT / RUNS[name])
             argv = ["-t", "-b", yaml, "-l", self.folder / name, "--max_steps", 2, "--no-test", *small([yaml])]
+            if name in FIRST_STAGE:
+                argv.append(f"first_stage={self.run(FIRST_STAGE[name])}")
             assert run_main(*argv) == 0
             self.runs[name] = only_run(self.folder / name)
         return self.runs[name]
@@ -154,7 +162,10 @@ STANDS_FOR = {
 
 @pytest.fixture(scope="session")
 def things(tmp_path_factory):
-    return Things(tmp_path_factory.mktemp("docs"))
+    folder = tmp_path_factory.mktemp("docs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LDM_DATA", str(folder / "data"))  # drawings are drawn once for all commands
+        yield Things(folder)
 
 
 def small(yamls):
