@@ -14,6 +14,7 @@ COMMANDS = (
     ["image_data.py"],
     ["classifiers.py", "train"],
     ["classifiers.py", "infer"],
+    ["gpt.py"],
     ["stylegan2.py"],
     ["sd_unet.py"],
     ["sd_train_step.py"],

@@ -54,6 +54,7 @@ def dry_run(run: Run) -> None:
     if network is not None and there is not None and (needed := memory_needed(network)) > there:
         report_size(network)
         say(f"memory      {needed / 2**30:.1f} GiB for weights, averages, gradients and optimiser, and activations")
+        say(f"steps       {params.get('max_steps') or str(params.get('max_epochs')) + ' epochs'}")
         say(f"not tried   {there / 2**30:.1f} GiB are free here; --precision bf16-true halves it, use_ema: false helps")
         return
     model, config = training.build_model(run, data)

@@ -102,7 +102,7 @@ def progress(model: Any, knobs: dict[str, Any], **extra: Any) -> Iterator[dict[s
     if "callback" not in parameters:
         yield {}
         return
-    total = knobs.get("steps") or getattr(parameters.get("steps"), "default", None)
+    total = knobs.get("steps") or getattr(parameters.get("steps"), "default", getattr(model, "sampling_steps", None))
     with tqdm(total=total if isinstance(total, int) else None, desc="sampling", unit="step", leave=False) as bar:
 
         def step(*args: Any, **kwargs: Any) -> None:  # a true result would stop the sampler
@@ -236,7 +236,7 @@ def shipped_model(args: argparse.Namespace) -> dict[str, Any]:
     """Where no model is named and Stable Diffusion is not linked: the checkpoint and settings of the project's own."""
     from ldm import text2image
 
-    named = args.ckpt or args.config or getattr(args, "ldm", False) or getattr(args, "laion400m", False)
+    named = args.ckpt or args.config or any(getattr(args, name, None) for name in ("run", "ldm", "laion400m"))
     if named or text2image.weights_at(SD_WEIGHTS) or (found := text2image.find(SHIPPED)) is None:
         return {}
     print(
@@ -294,6 +294,31 @@ def open_painter(args: argparse.Namespace, settings: dict[str, Any], config: str
     painter = Painter(model, knobs, settings["negative_prompt"], precision, full=lambda: load("fp32").model, say=print)
     settings |= {"ckpt": str(file), "weights": loaded.weights, "digest": loaded.digest}
     settings["config"] = loaded.config if loaded.config.endswith((".yaml", ".yml")) else None  # else it is in the file
+    return painter
+
+
+def draws_tokens(run: str) -> bool:
+    """Whether a run is a transformer over tokens."""
+    from ldm import token_painter
+
+    return token_painter.draws_tokens(run)
+
+
+def open_token_painter(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
+    """The same for a run of DALL-E or CogView; settings that only diffusion knows are left out."""
+    from ldm import generate, token_painter
+
+    device = generate.pick_device(args.device)
+    scale = settings["scale"] if args.like else args.scale  # the default is diffusion's
+    painter, facts = token_painter.open_run(
+        settings["run"], settings["negative_prompt"], scale, settings["weights"], device
+    )
+    print(f"{settings['run']}: weights: {facts['weights']} on {device.type}")
+    if settings.pop("like_digest", None) not in (None, facts["digest"]):
+        print(f"note: {settings['run']} has changed since {args.like} was made")
+    for name in ("sampler", "grid", "eta", "clip_skip", "long_prompt", "config", "ckpt", "model_size", "H", "W"):
+        settings.pop(name, None)
+    settings |= {**facts, "steps": painter.steps, "scale": painter.scale}
     return painter
 
 

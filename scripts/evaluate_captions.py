@@ -31,6 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=20, help="sampler steps (default: 20)")
     add("--sampler", default="euler", help="default: euler")
     add("--scale", type=float, default=3.0, help="classifier-free guidance (default: 3)")
+    add(
+        "--set", nargs="+", default=[], metavar="KNOB=VALUE", help="knobs of sample(); the only ones of DALL-E, CogView"
+    )
     add("--seed", type=int, default=0, help="seed of the first picture")
     add("--weights", choices=("ema", "raw"), default=None, help="default: ema where there are")
     add("--batch-size", type=int, default=128)
@@ -51,13 +54,16 @@ def evaluate(args: argparse.Namespace) -> None:
     model, info = generate.load_run(args.run)
     params = trained_on(info["config"])
     if params is None or not hasattr(model, "first_stage_model"):
-        raise UserError(f"{args.run} was not trained on ldm.data.builtin.OpenMoji as a latent diffusion model")
+        raise UserError(f"{args.run} was not trained on ldm.data.builtin.OpenMoji over a first stage")
     shape = {k: info["config"]["data"]["params"][k] for k in ("size", "channels")}
     data = OpenMoji(**{**shape, **params, "split": "train"})
     prompts = sorted(c for names in data.captions for c in names)
     if args.n_samples is not None:
         prompts = prompts[:: max(1, len(prompts) // max(1, args.n_samples))][: args.n_samples]
     knobs = {"steps": args.steps, "sampler": args.sampler, "scale": args.scale}
+    if hasattr(model, "draw_tokens"):
+        knobs = {}
+    knobs |= common.parse_settings(args.set)
     model.to(device)
     began = time.perf_counter()
     scope, weights = generate.weights_scope(model, args.weights)
@@ -74,6 +80,8 @@ def evaluate(args: argparse.Namespace) -> None:
             )
             everything = OpenMoji(**{**shape, **params, "split": "all"})
             result["composition"] = captions.composition(asked, held_out, everything)
+        if hasattr(model, "caption"):
+            result["captions"] = captions.captioning(model, data)
     result |= {"run": info["checkpoint"], "sha256": info["sha256"], "weights": weights, "seed": args.seed, **knobs}
     result |= generate.versions()
     if not args.quiet:

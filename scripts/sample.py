@@ -2,6 +2,7 @@
 
 python scripts/sample.py -r logs/<run> -n 16
 python scripts/sample.py -r logs/<run> -n 4 --class 7 --scale 3 --steps 50 --sampler ddim --seed 1
+python scripts/sample.py -r logs/<run> -n 4 --prime picture.png --set top_k=50
 python scripts/sample.py -r models/ldm/bsr_sr --cond-from small_pictures
 python scripts/sample.py --like outputs/samples/00000.png
 """
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="pictures to condition on, for models of super-resolution, label maps or inpainting (x.png with "
         "x_mask.png), or layouts (x.json); `data`: the run's validation data. Picture i goes with file i",
     )
+    add("--prime", metavar="PICTURE", default=None, help="for models of tokens: keep its upper half, draw the rest")
     add("--scale", type=float, default=None, help="classifier-free guidance scale (1: off)")
     add("--steps", type=int, default=None, help="sampler steps, 1..1000")
     add("--sampler", default=None, help="ddpm, ddim, plms, euler, heun, dpmpp_2m, unipc, ...")
@@ -67,7 +69,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """The command line over the settings of `--like`."""
     from ldm.generate import read_settings
 
-    keys = ("run", "class_label", "prompt", "negative_prompt", "cond_from", "weights", "seed", "n_samples")
+    keys = ("run", "class_label", "prompt", "negative_prompt", "cond_from", "prime", "weights", "seed", "n_samples")
     old = read_settings(args.like) if args.like else {}
     if args.like:
         old["n_samples"] = 1
@@ -172,6 +174,10 @@ def condition(
         "negative_prompt": settings["negative_prompt"],
         **options,
     }
+    if settings["prime"]:
+        from ldm.token_painter import read_pictures
+
+        return model.prime(model.condition(seeds, **request), read_pictures(model, [settings["prime"]]))
     return model.condition(seeds, **request) if maps is None else maps.condition(model, seeds, request)
 
 

@@ -1,8 +1,9 @@
-"""Paints what a text says, with Stable Diffusion or the latent diffusion text-to-image models.
+"""Paints what a text says, with Stable Diffusion, the latent diffusion text-to-image models, or a run of this project.
 
 python scripts/txt2img.py --prompt "a photograph of an astronaut riding a horse" --plms
 python scripts/txt2img.py --prompt "a red fox" --sampler dpmpp_2m --steps 20 --seed 7 --n_samples 1 --n_iter 1
 python scripts/txt2img.py --from-file prompts.txt --n_iter 1 --outdir outputs/list
+python scripts/txt2img.py -r logs/<run> --prompt "red apple" --preview 4
 python scripts/txt2img.py --like outputs/txt2img-samples/samples/00000.png --scale 5
 """
 
@@ -29,6 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--H", type=int, metavar="PIXELS", help="height, any (default: 512)")
     add("--W", type=int, metavar="PIXELS", help="width, any (default: 512)")
+    add(
+        "-r", "--run", metavar="RUN", help="a run of this project that knows prompts: latent diffusion, DALL-E, CogView"
+    )
     add("--dpm_solver", "--dpm-solver", action="store_true", help="the official DPM-Solver call")
     add("--laion400m", action="store_true", help="the LAION-400M model: its config, checkpoint and outdir")
     add("--ldm", action="store_true", help="config, checkpoint, defaults and file names of latent-diffusion's script")
@@ -44,7 +48,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         args.sampler = "dpm_solver"
     if args.outdir is None:
         args.outdir = LAION_OUTDIR if args.laion400m else OUTDIR
-    return common.settle(args, "txt2img", **({"H": 512, "W": 512} | (LDM_DEFAULTS if args.ldm else {})))
+    return common.settle(args, "txt2img", run=None, **({"H": 512, "W": 512} | (LDM_DEFAULTS if args.ldm else {})))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -59,6 +63,11 @@ def run(args: argparse.Namespace) -> None:
     else:
         files = Numbered(out / "samples"), Numbered(out, "grid-", 4)
     pictures = common.gallery(args, settings, *files)
+    if settings["run"] and common.draws_tokens(settings["run"]):
+        paint_run(args, settings, prompts, pictures)
+        return
+    run = settings.pop("run")
+    settings["ckpt"] = settings["ckpt"] or run
     other = args.laion400m or args.ldm
     config, weights = (LDM_CONFIG, LDM_WEIGHTS) if other else (common.SD_CONFIG, common.SD_WEIGHTS)
     painter = common.open_painter(args, settings, config, weights)
@@ -72,6 +81,16 @@ def run(args: argparse.Namespace) -> None:
     settings["script"] = "txt2img"
     finish = common.crop_to(size, wanted, corner=False)
     common.paint(args, settings, painter, batches, size, pictures, finish=finish)
+
+
+def paint_run(args: argparse.Namespace, settings: dict[str, Any], prompts: list[str], pictures: Any) -> None:
+    """Paints with a run of DALL-E or CogView, whose pictures have the size that they were trained at."""
+    from ldm.text2image import plan
+
+    painter = common.open_token_painter(args, settings)
+    batches = plan(prompts, settings["n_samples"], settings["n_iter"], settings["seed"], args.fixed_code)
+    settings["script"] = "txt2img"
+    common.paint(args, settings, painter, batches, None, pictures)
 
 
 if __name__ == "__main__":

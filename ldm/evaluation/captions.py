@@ -49,19 +49,39 @@ def draw(model: Any, prompts: Sequence[str], batch_size: int, seed: int, knobs: 
     for at in tqdm(range(0, len(prompts), batch_size), desc="drawing", unit="batch", leave=False):
         texts = list(prompts[at : at + batch_size])
         seeds = list(range(seed + at, seed + at + len(texts)))
-        cond = model.condition(seeds, prompts=texts, weights=False)
+        plain = {} if of_tokens(model) else {"weights": False}
+        cond = model.condition(seeds, prompts=texts, **plain)
         found.append(model.sample(cond, seeds=seeds, **knobs).float().cpu())
     return torch.cat(found)
 
 
 @torch.no_grad()
 def latents(model: Any, x: Tensor, batch_size: int = 64) -> Tensor:
-    """Modes of the first stage's posteriors, [N, c, h, w] on the CPU."""
+    """Modes of the first stage's posteriors, or codes, [N, c, h, w] on the CPU."""
     found = []
     for part in x.split(batch_size):
-        z = model.encode_first_stage(part.to(model.device))
+        part = part.to(model.device)
+        z = model.first_stage_model.encode(part)[0] if of_tokens(model) else model.encode_first_stage(part)
         found.append((z if isinstance(z, Tensor) else z.mode()).float().cpu())
     return torch.cat(found)
+
+
+def of_tokens(model: Any) -> bool:
+    """Whether the model is a transformer over tokens of a codebook, not a latent diffusion model."""
+    return hasattr(model, "draw_tokens")
+
+
+@torch.no_grad()
+def captioning(model: Any, data: OpenMoji, batch_size: int = 64) -> dict[str, Any]:
+    """CogView's captions of all drawings.
+
+    Returns:
+        exact: share that is one of the drawing's own captions; wrong: what was said of the others, by their name.
+    """
+    said = [t for part in images_of(data).split(batch_size) for t in model.caption(part)]
+    pairs = list(zip(said, data.captions, strict=True))
+    wrong = {names[0]: text for text, names in pairs if text not in names}
+    return {"exact": sum(text in names for text, names in pairs) / len(pairs), "n": len(pairs), "wrong": wrong}
 
 
 def fidelity(model: Any, drawn: Tensor, prompts: Sequence[str], data: OpenMoji) -> dict[str, Any]:

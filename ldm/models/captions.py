@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from ldm.models.base import Config
+from ldm.models.framework import rank_zero_info, rank_zero_warn
 from ldm.models.tokens import Condition, TokenModel
 from ldm.modules.bpe import BytePairs
-from ldm.util import UserError, log_txt_as_img
+from ldm.util import SeededNoise, UserError, log_txt_as_img
 
 
 class CaptionModel(TokenModel):
@@ -34,7 +34,7 @@ class CaptionModel(TokenModel):
 
     def __init__(
         self,
-        first_stage_config: Config,
+        first_stage_config: Config | str,
         *,
         text_vocab: int,
         text_length: int,
@@ -165,6 +165,7 @@ class CaptionModel(TokenModel):
         top_k: int | None = None,
         top_p: float | None = None,
         scale: float = 1.0,
+        rerank: int = 1,
         callback: Callable[..., Any] | None = None,
     ) -> Tensor:
         """One picture per seed, [len(seeds), C, H, W] in [-1, 1].
@@ -175,11 +176,35 @@ class CaptionModel(TokenModel):
             top_k: draw from the k most probable tokens; null from all.
             top_p: draw from the most probable tokens that together reach probability p.
             scale: classifier-free guidance; 1 is off.
+            rerank: pictures to draw per seed, of which the one is kept that fits the prompt best (see `fit`).
             callback: called after each token.
         """
         cond = self.condition(seeds) if cond is None else cond
         knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "scale": scale, "callback": callback}
-        return self.decode_tokens(self.draw_tokens(cond, seeds, first=self.first_code, **knobs))
+        return self.decode_tokens(self.best_tokens(cond, seeds, rerank, **knobs))
+
+    def best_tokens(self, cond: Condition, seeds: Sequence[int], rerank: int, **knobs: Any) -> Tensor:
+        """Image tokens [len(seeds), h w], the best of `rerank` drawings per seed.
+
+        Raises:
+            UserError: rerank below 1.
+        """
+        if rerank == 1:
+            return self.draw_tokens(cond, seeds, first=self.first_code, **knobs)
+        if rerank < 1:
+            raise UserError(f"rerank: got {rerank}, expected at least 1 picture per seed")
+        n, N = len(seeds), self.grid[0] * self.grid[1]
+        u = SeededNoise(seeds).rand((n, rerank, N), device=self.device).flatten(0, 1)
+        several = {k: None if v is None else v.repeat_interleave(rerank, 0) for k, v in cond.items()}
+        each = [s for s in seeds for _ in range(rerank)]
+        tokens = self.draw_tokens(several, each, first=self.first_code, u=u, **knobs)
+        rows = several["prefix"][:, 1 : 1 + self.text_length].to(tokens.device)
+        best = self.fit(tokens, rows).view(n, rerank).argmax(1)
+        return tokens.view(n, rerank, N)[torch.arange(n, device=best.device), best]
+
+    def fit(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """How well pictures fit their captions, [B]: image tokens [B, N], text tokens [B, text_length]."""
+        raise NotImplementedError(f"{type(self).__name__} does not define fit(tokens, rows)")
 
     def caption_texts(self, tokens: Tensor) -> list[str]:
         """The model's own captions of image tokens [B, N], if it makes any."""

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.adversarial import AdversarialModel
-from ldm.models.base import Config
+from ldm.models.base import BaseModel, Config
+from ldm.models.framework import rank_zero_info
 from ldm.modules.autoencoder import Decoder, Encoder
 from ldm.modules.losses import PixelKL
 from ldm.modules.lpips import LPIPS
@@ -117,6 +118,29 @@ class AutoencoderBase(AdversarialModel):
             colors = torch.randn(3, x.shape[1], 1, 1, generator=torch.Generator().manual_seed(0))
         x = F.conv2d(x, colors.to(x))
         return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0
+
+
+def first_stage_of_run(path: str) -> nn.Module:
+    """The first stage of a run directory (its best checkpoint) or a checkpoint file, with averaged weights where there
+    are some.
+
+    Raises:
+        UserError: no such run, or one of another kind.
+    """
+    from ldm.checkpoint import find_best
+    from ldm.generate import load_run
+
+    file = find_best(path)
+    model, info = load_run(file)
+    if not (hasattr(model, "encode") and hasattr(model, "decode")):
+        raise UserError(f"first stage {path} is a {type(model).__name__}, expected an autoencoder")
+    if isinstance(model, BaseModel) and model.use_ema:
+        model.model_ema.copy_to(model)
+        del model.model_ema
+    if "loss" in model._modules:  # perceptual network and discriminator have done their work
+        model._modules["loss"] = nn.Identity()
+    rank_zero_info(f"first stage: {type(model).__name__} of {file}, step {info['global_step']}")
+    return model
 
 
 def unprefixed(logs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ class Net2NetTransformer(TokenModel):
     def __init__(
         self,
         transformer_config: Config,
-        first_stage_config: Config,
+        first_stage_config: Config | str,
         cond_stage_config: Config | str,
         permuter_config: Config | None = None,
         ckpt_path: str | None = None,

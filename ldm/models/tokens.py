@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.base import BaseModel, Config
+from ldm.models.first_stage import first_stage_of_run
 from ldm.modules.decoding import check_filters, generate
 from ldm.modules.gpt import Transformer
-from ldm.util import SeededNoise, UserError, instantiate_from_config
+from ldm.util import SeededNoise, UserError, accepted_params, get_obj_from_str, instantiate_from_config
 
 ADAMW = {"target": "torch.optim.AdamW", "params": {"betas": (0.9, 0.95), "weight_decay": 0.01}}
 Condition = dict[str, Any]
@@ -22,12 +24,13 @@ class TokenModel(BaseModel):
     """A transformer over the tokens of a frozen first stage.
 
     A condition is {"prefix": int64 [B, T], "uncond": the same without the condition, or None, "primed": image tokens
-    [B, P] that are given, or absent}.
+    [B, P] that are given (-1: to be drawn), or absent}.
 
     Args:
-        first_stage_config: `{target, params}` of a VQ model, or of `ldm.modules.codebooks.PixelCodes`.
+        first_stage_config: `{target, params}` of a VQ model or of `ldm.modules.codebooks.PixelCodes`, or the path of a
+            run or checkpoint of this project.
         first_stage_key: batch key of the images.
-        cache_codes: keep the tokens of each picture, by the batch's `relpath`; for data without augmentation.
+        cache_codes: keep the tokens of each picture in memory; for data without augmentation.
         use_ema: average the transformer's weights.
         ema_decay: of the average.
     """
@@ -37,7 +40,7 @@ class TokenModel(BaseModel):
 
     def __init__(
         self,
-        first_stage_config: Config,
+        first_stage_config: Config | str,
         *,
         first_stage_key: str = "image",
         cache_codes: bool = False,
@@ -48,8 +51,10 @@ class TokenModel(BaseModel):
         super().__init__(**{"optimizer_config": ADAMW, **base})
         self._averaged = ema_decay if use_ema else None
         self.first_stage_key, self.cache_codes = first_stage_key, cache_codes
-        self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
-        self._codes: dict[str, Tensor] = {}
+        of_run = isinstance(first_stage_config, str)
+        stage = first_stage_of_run(first_stage_config) if of_run else instantiate_from_config(first_stage_config)
+        self.first_stage_model = stage.eval().requires_grad_(False)
+        self._codes: dict[tuple[bytes, int], Tensor] = {}
         self._check_first_stage()
 
     def _check_first_stage(self) -> None:
@@ -72,6 +77,17 @@ class TokenModel(BaseModel):
         stage = self.first_stage_model
         h, w = stage.grid if hasattr(stage, "grid") else stage.decoder.z_shape[2:]
         return int(h), int(w)
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the pictures."""
+        return tuple(self.decode_tokens(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).shape[1:])
+
+    @property
+    def sampling_steps(self) -> int:
+        """Tokens of a picture, for a progress bar."""
+        h, w = self.grid
+        return h * w
 
     def build_transformer(self, config: Config, **given: Any) -> Transformer:
         """`config` with the sizes that follow from the first stage and the condition.
@@ -103,42 +119,56 @@ class TokenModel(BaseModel):
         return list(self.transformer.parameters())
 
     def build_optimizer(self, params: Any) -> torch.optim.Optimizer:
-        """Weight decay only for the matrices of linear layers: none for biases, norms and embeddings."""
+        """Weight decay only for the matrices of linear layers: none for biases, norms and embeddings. timm's Muon
+        orthogonalises those of the blocks; tables of tokens and places, and the last layer, are AdamW's."""
         params = list(params)
-        decayed = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)}
+        muon = "fallback_lr_scale" in (accepted_params(get_obj_from_str(self.optimizer_config["target"])) or {})
+        part = self.transformer.blocks if muon else self
+        decayed = {id(m.weight) for m in part.modules() if isinstance(m, nn.Linear)}
         groups = [
             {"params": [p for p in params if id(p) in decayed]},
             {"params": [p for p in params if id(p) not in decayed], "weight_decay": 0.0},
         ]
+        if muon:
+            groups[1]["use_fallback"] = True
         return super().build_optimizer(groups)
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode_images(self, x: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1] -> tokens int64 [B, h w] in raster order.
+    def encode_images(self, x: Tensor, shrink: int = 1) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] -> tokens int64 [B, h w / shrink^2] in raster order.
+
+        Args:
+            x: images.
+            shrink: factor by which the images are made smaller first.
 
         Raises:
             UserError: the images give another grid than the transformer was built for.
         """
+        h, w = self.grid
+        size = f"{x.shape[2]}x{x.shape[3]}"
+        if shrink > 1:
+            x = F.avg_pool2d(x, shrink)
         quant, _, (_, _, codes) = self.first_stage_model.encode(x)
-        if tuple(quant.shape[2:]) != self.grid:
+        got = quant.shape[2] * shrink, quant.shape[3] * shrink
+        if got != (h, w):
             raise UserError(
-                f"images of {x.shape[2]}x{x.shape[3]} pixels give {quant.shape[2]}x{quant.shape[3]} tokens, but the "
-                f"model was built for {self.grid[0]}x{self.grid[1]} (ddconfig.resolution of the first stage): set "
-                "data.params.size"
+                f"images of {size} pixels give {got[0]}x{got[1]} tokens, but the model was built for {h}x{w} "
+                "(ddconfig.resolution of the first stage): set data.params.size"
             )
         return codes.reshape(len(x), -1)
 
-    def image_tokens(self, batch: dict[str, Any]) -> Tensor:
-        """The batch's tokens [B, h w], from memory where `cache_codes` is on."""
-        names = batch.get("relpath") if self.cache_codes else None
-        if names is not None and all(n in self._codes for n in names):
-            return torch.stack([self._codes[n] for n in names]).to(self.device)
-        tokens = self.encode_images(self.get_input(batch, self.first_stage_key))
-        if names is not None:
-            self._codes.update(zip(names, tokens.cpu(), strict=True))
-        return tokens
+    def image_tokens(self, batch: dict[str, Any], shrink: int = 1) -> Tensor:
+        """The batch's tokens [B, h w / shrink^2], from memory where `cache_codes` is on."""
+        if not self.cache_codes:
+            return self.encode_images(self.get_input(batch, self.first_stage_key), shrink)
+        # by content, so that other pictures of one name (or of none) are no danger
+        keys = [(_digest(x), shrink) for x in batch[self.first_stage_key].cpu()]
+        if not all(k in self._codes for k in keys):
+            tokens = self.encode_images(self.get_input(batch, self.first_stage_key), shrink)
+            self._codes.update(zip(keys, tokens.cpu(), strict=True))
+        return torch.stack([self._codes[k] for k in keys]).to(self.device)
 
     @torch.no_grad()
     def decode_tokens(self, tokens: Tensor) -> Tensor:
@@ -186,6 +216,8 @@ class TokenModel(BaseModel):
     ) -> Tensor:
         """Image tokens [len(seeds), h w]; see `ldm.modules.decoding.generate`. `u` are other random numbers.
 
+        `callback(n, tokens [len(seeds), n])` is called after each token.
+
         Raises:
             UserError: filters that make no sense, or guidance for a model that cannot do without its condition.
         """
@@ -199,12 +231,6 @@ class TokenModel(BaseModel):
             raise UserError("scale: the model was trained without cond_dropout, so that guidance has nothing to go by")
         if len(cond["prefix"]) != len(seeds):
             raise UserError(f"got conditions for {len(cond['prefix'])} pictures, expected {len(seeds)} (one per seed)")
-        preview = None
-        if callback is not None:
-
-            def preview(i: int, tokens: Tensor) -> None:
-                callback(i, lambda: self.decode_tokens(tokens))
-
         return generate(
             self.transformer,
             cond["prefix"].to(self.device),
@@ -219,5 +245,9 @@ class TokenModel(BaseModel):
             top_k=top_k,
             top_p=top_p,
             image_start=image_start,
-            callback=preview,
+            callback=callback,
         )
+
+
+def _digest(x: Tensor) -> bytes:
+    return hashlib.blake2b(x.contiguous().numpy().tobytes(), digest_size=16).digest()

@@ -12,7 +12,7 @@ from ldm.models.adversarial import Losses
 from ldm.models.autoencoder import VQModel
 from ldm.models.base import BaseModel, Config
 from ldm.models.first_stage import unprefixed
-from ldm.modules.losses import VQLPIPSWithDiscriminator
+from ldm.modules.losses import VQLPIPSWithDiscriminator, measure_perplexity, psnr
 from ldm.modules.quantize import GumbelQuantize
 from ldm.util import instantiate_from_config
 
@@ -62,7 +62,10 @@ class VQNoDiscModel(VQModel):
     """VQModel trained without a discriminator: one optimiser, which Lightning steps.
 
     Args: as for `VQModel`; the loss is called with (codebook loss, images, reconstructions, split="train") and gives
-        (loss, logs). `VQLPIPSWithDiscriminator` serves too: its discriminator then stays out.
+        (loss, logs): `ldm.modules.losses.PixelLossWithQuant`. `VQLPIPSWithDiscriminator` serves too: its discriminator
+        then stays out.
+
+    Validation also logs `psnr` in dB, the mean over images.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -83,14 +86,20 @@ class VQNoDiscModel(VQModel):
     def shared_step(self, batch: dict[str, Any]) -> Losses:
         x = self.get_input(batch, self.image_key)
         reconstructions, quant_loss, indices = self(x, return_pred_indices=True)
-        if not self.training:
-            self._count(indices)
         if isinstance(self.loss, VQLPIPSWithDiscriminator):
             # update -1: before disc_start, whatever it is
             loss, logs = self.loss(quant_loss, x, reconstructions, 0, -1, last_layer=self.get_last_layer())
         else:
             loss, logs = self.loss(quant_loss, x, reconstructions, split="train")
-        return loss, unprefixed(logs)
+        return loss, {**unprefixed(logs), **self.quality(x, reconstructions, indices)}
+
+    def quality(self, x: Tensor, reconstructions: Tensor, indices: Tensor) -> dict[str, Tensor]:
+        """perplexity of the codes, and in evaluation psnr; counts the codes for `codebook_usage`."""
+        logs = {"perplexity": measure_perplexity(indices, self.n_embed)[0]}
+        if not self.training:
+            self._count(indices)
+            logs["psnr"] = psnr(x, reconstructions).mean()
+        return logs
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         return BaseModel.training_step(self, batch, batch_idx)

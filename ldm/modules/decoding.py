@@ -66,6 +66,16 @@ def choose(logits: Tensor, u: Tensor | None, temperature: float, top_k: int | No
     return draw(filter_logits(logits, temperature, top_k, top_p), u)
 
 
+def _given(prefix: Tensor, primed: Tensor | None, steps: int) -> tuple[Tensor, int]:
+    """(tokens [B, steps] with -1 where they are to be drawn, how many at the beginning are given in all rows)."""
+    if prefix.shape[1] == 0:
+        raise ValueError("prefix: got no tokens, expected at least one to start from")
+    tokens = prefix.new_full((len(prefix), steps), -1)
+    if primed is not None:
+        tokens[:, : primed.shape[1]] = primed[:, :steps]
+    return tokens, int((tokens >= 0).all(0).long().cumprod(0).sum())
+
+
 @torch.no_grad()
 def generate(
     model: Transformer,
@@ -93,7 +103,7 @@ def generate(
         steps: tokens to make, the primed ones included.
         u: uniform numbers [B, steps] in [0, 1); None takes the most probable tokens.
         uncond, scale: prefix [B, T] without the condition, and guidance: logits u + scale (c - u) (Ho & Salimans 2022).
-        primed: [B, P] tokens (counted from `first`) that are given.
+        primed: [B, P] tokens (counted from `first`) that are given; -1 is to be drawn.
         first, last: the range of the vocabulary that tokens are drawn from.
         temperature, top_k, top_p: see `filter_logits`; temperature 0 takes the most probable tokens.
         image_start: see `Transformer.features`.
@@ -104,22 +114,19 @@ def generate(
         ValueError: sequence over the position table, empty prefix, or filters that make no sense.
     """
     check_filters((model.vocab_size if last is None else last) - first, temperature, top_k, top_p)
-    B, T = prefix.shape
-    if T == 0:
-        raise ValueError("prefix: got no tokens, expected at least one to start from")
-    given = prefix.new_zeros(B, 0) if primed is None else primed[:, :steps]
-    tokens = torch.cat([given, given.new_zeros(B, steps - given.shape[1])], 1)
+    tokens, begun = _given(prefix, primed, steps)
+    known, T = tokens >= 0, prefix.shape[1]
     guided = uncond is not None and scale != 1.0
-    new = torch.cat([prefix, given + first], 1)
-    if guided:
-        new = torch.cat([new, torch.cat([uncond, given + first], 1)])
+    starts = [prefix, uncond] if guided else [prefix]
+    new = torch.cat([torch.cat([start, tokens[:, :begun] + first], 1) for start in starts])
     cache = Cache(model, len(new), T + steps - 1)
-    for i in range(given.shape[1], steps):
+    for i in range(begun, steps):
         logits = model.logits(model.features(new, cache=cache, image_start=image_start)[:, -1], first, last)
         if guided:
             c, n = logits.chunk(2)
             logits = n + scale * (c - n)
-        tokens[:, i] = choose(logits, None if u is None else u[:, i], temperature, top_k, top_p)
+        drawn = choose(logits, None if u is None else u[:, i], temperature, top_k, top_p)
+        tokens[:, i] = torch.where(known[:, i], tokens[:, i], drawn)
         if end is not None and bool((tokens[:, : i + 1] == end).any(1).all()):
             tokens[:, i + 1 :] = end
             break

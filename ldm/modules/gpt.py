@@ -72,12 +72,14 @@ class Cache:
         with torch.no_grad():
             self.fused = [block.attn.fused() for block in model.blocks]
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v [B, H, n, d] of new tokens; gives those of all tokens, [B, H, length + n, d]."""
+    def extend(self, layer: int, k: Tensor, v: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Writes k, v [B, H, n, d] of new tokens; gives those of all tokens, or of the places `seen` [m] alone."""
         end = self.length + k.shape[2]
         room = self.room[layer]
         room[0, :, :, self.length : end] = k
         room[1, :, :, self.length : end] = v
+        if seen is not None:
+            return room.index_select(3, seen).unbind(0)
         return room[0, :, :, :end], room[1, :, :, :end]
 
 
@@ -104,14 +106,21 @@ class CausalSelfAttention(nn.Module):
         cache: Cache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """x [B, n, C] -> [B, n, C]; mask bool [n, all tokens], or None: causal (with a cache: one new token)."""
+        """x [B, n, C] -> [B, n, C].
+
+        mask: bool [n, all tokens]; None = causal (with a cache: one new token); int64 [m] = the places that one new
+        token sees.
+        """
         B, n, C = x.shape
         weight, bias = self.fused() if cache is None else cache.fused[layer]
         q, k, v = F.linear(x, weight, bias).view(B, n, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)
+            seen = None
+            if mask is not None and mask.ndim == 1:
+                seen, mask = mask, None
+            k, v = cache.extend(layer, k, v, seen)
         dropout = self.dropout if self.training else 0.0
         if self.stable:
             y = stable_attention(q, k, v, mask, dropout)
@@ -278,11 +287,13 @@ class Transformer(nn.Module):
         return torch.where(inside, image, self.pos_emb[0, outside.clamp_min(0)])[None]
 
     def _mask(self, kind: str, layout: Layout, start: int, stop: int, like: Tensor) -> Tensor | None:
-        """bool [stop - start, stop]; None where the attention needs none."""
+        """bool [stop - start, stop]; None where the attention needs none; the places int64 [m] that one token sees."""
         one, whole = stop - start == 1, start == 0
         if kind == "full" and (one or (whole and not self.n_unmasked and not self.stable)):
             return None
-        return self._table(kind, layout, like)[start:stop, :stop]
+        mask = self._table(kind, layout, like)[start:stop, :stop]
+        # far fewer keys than there are: the last token of a picture then takes no longer than the first one
+        return mask[0].nonzero().flatten() if one and not whole else mask
 
     # --- passes -------------------------------------------------------------------------------------------------------
 

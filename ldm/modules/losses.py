@@ -58,6 +58,12 @@ def measure_perplexity(predicted_indices: Tensor, n_embed: int) -> tuple[Tensor,
     return torch.exp(-(p * torch.log(p + 1e-10)).sum()), (p > 0).sum()
 
 
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each of the images [B, C, H, W] in [-1, 1], clipped to that range: [B]."""
+    mse = (x - y.clamp(-1, 1)).float().square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / mse.clamp_min(1e-10))
+
+
 def l1(x: Tensor, y: Tensor) -> Tensor:
     return (x - y).abs()
 
@@ -404,3 +410,36 @@ class BCELossWithQuant(nn.Module):
         loss = bce_loss + self.codebook_weight * qloss
         logs = {"total_loss": loss, "bce_loss": bce_loss, "quant_loss": qloss}
         return loss, _with_split({k: v.detach().mean() for k, v in logs.items()}, split)
+
+
+class PixelLossWithQuant(nn.Module):
+    """Loss of a VQ model without a discriminator: pixels, a perceptual distance, the quantiser's loss.
+
+    Args:
+        pixel_loss: l1 | l2.
+        perceptual_weight: 0 turns the perceptual term off.
+        perceptual_loss: lpips | pixel_gradient (needs no weights) | none.
+        codebook_weight: weight of the quantiser's loss.
+    """
+
+    def __init__(
+        self,
+        pixel_loss: str = "l1",
+        perceptual_weight: float = 1.0,
+        perceptual_loss: str = "lpips",
+        codebook_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.pixel_loss = _choose(PIXEL_LOSSES, "pixel_loss", pixel_loss)
+        self.perceptual_weight, self.codebook_weight = perceptual_weight, codebook_weight
+        self.perceptual_loss = make_perceptual_loss(perceptual_loss)
+
+    def forward(self, qloss: Tensor, inputs: Tensor, reconstructions: Tensor, split: str) -> tuple[Tensor, Logs]:
+        """Images [B, C, H, W] in [-1, 1] and what became of them -> (loss [], logs)."""
+        rec = self.pixel_loss(inputs, reconstructions).mean()
+        nll = rec
+        if self.perceptual_loss is not None and self.perceptual_weight > 0:
+            nll = nll + self.perceptual_weight * self.perceptual_loss(inputs, reconstructions).mean()
+        loss = nll + self.codebook_weight * qloss
+        logs = {"total_loss": loss, "rec_loss": rec, "nll_loss": nll, "quant_loss": qloss}
+        return loss, _with_split({k: v.detach() for k, v in logs.items()}, split)

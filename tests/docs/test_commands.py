@@ -35,11 +35,17 @@ RUNS = {
     "folder_run": "configs/autoencoder/kl_folder.yaml",
     "gan_run": "configs/gan/dcgan_digits.yaml",
     "stylegan_run": "configs/gan/stylegan2_digits.yaml",
+    "gpt_run": "configs/autoregressive/digits_gpt.yaml",
+    "vq_run": "configs/autoregressive/openmoji_vqgan.yaml",
+    "dalle_run": "configs/autoregressive/openmoji_dalle.yaml",
+    "cogview_run": "configs/autoregressive/openmoji_cogview.yaml",
 }
 DIFFUSION = {name for name, config in RUNS.items() if "diffusion/" in config}
-FIRST_STAGE = {"latent_run": "first_run"}  # the run that another one starts from
+# the run that another one starts from
+FIRST_STAGE = {"latent_run": "first_run", "dalle_run": "vq_run", "cogview_run": "vq_run"}
 # what makes a network or an evaluation small: key of a YAML -> value
 SMALL = {"model_channels": 32, "num_res_blocks": 1, "iwae_samples": 1, "ch": 32, "batch_size": 4, "channel_max": 16}
+SMALL |= {"n_layer": 1, "n_head": 2, "n_embd": 32}
 # what makes a sampling command short: flag -> the most that is run
 SHORT = {"-n": 10, "--n_samples": 10, "--n-samples": 10, "--steps": 3, "--max_steps": 1, "--max_epochs": 1}
 SHORT |= {"--H": 32, "--W": 32}
@@ -182,7 +188,10 @@ STANDS_FOR = {
 
 @pytest.fixture(scope="session")
 def things(tmp_path_factory):
-    return Things(tmp_path_factory.mktemp("docs"))
+    folder = tmp_path_factory.mktemp("docs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LDM_DATA", str(folder / "data"))  # drawings are drawn once for all commands
+        yield Things(folder)
 
 
 def small(yamls):

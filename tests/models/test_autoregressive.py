@@ -9,16 +9,16 @@ from PIL import Image
 
 from ldm import checkpoint
 from ldm.data.datamodule import DataModuleFromConfig
-from ldm.models.autoregressive import DALLE, CogView, ImageGPT
+from ldm.models.autoregressive import DALLE, ImageGPT
+from ldm.models.cogview import CogView
 from ldm.models.net2net import Net2NetTransformer
 from ldm.models.vqgan import VQNoDiscModel
 from ldm.util import UserError, instantiate_from_config
+from tests.models.halves import PIXELS, TINY, fit, halves, text_model
 from tests.reference import FIXTURES
 
 TREES = json.loads((FIXTURES.parent / "official_configs.json").read_text())
 OFFICIAL = [p for p in TREES if p.startswith("taming/") and "transformer" in p]
-PIXELS = {"target": "ldm.modules.codebooks.PixelCodes", "params": {"size": 4, "levels": 4}}
-TINY = {"params": {"n_layer": 2, "n_head": 2, "n_embd": 32}}
 VQ = {
     "target": "taming.models.vqgan.VQModel",
     "params": {
@@ -32,29 +32,6 @@ VQ = {
     },
 }  # fmt: skip
 COORD = {"target": "taming.modules.misc.coord.CoordStage", "params": {"n_embed": 16, "down_factor": 2}}
-WORDS = ["left", "right", "top", "bottom"]
-
-
-def halves():
-    """Four pictures of 4x4, a bright half each, and what they show: [4, 4, 4, 1] in [-1, 1]."""
-    x = -torch.ones(4, 4, 4, 1)
-    x[0, :, :2], x[1, :, 2:], x[2, :2], x[3, 2:] = 1, 1, 1, 1
-    return {"image": x, "caption": [f"bright {w}" for w in WORDS], "class_label": torch.arange(4)}
-
-
-def fit(model, steps, lr=3e-3):
-    model.learning_rate = lr
-    optimizer = model.configure_optimizers()
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        order, batch = torch.randperm(4).tolist(), halves()
-        loss, _ = model.loss(
-            {k: v[order] if isinstance(v, torch.Tensor) else [v[i] for i in order] for k, v in batch.items()}
-        )
-        loss.backward()
-        optimizer.step()
-    return model.eval()
 
 
 def net2net(**options):
@@ -192,6 +169,16 @@ def test_weight_decay_is_for_matrices_alone():
     assert together == {f"transformer.{k}" for k, _ in model.transformer.named_parameters()}
 
 
+def test_muon_has_the_matrices_of_the_blocks():
+    model = ImageGPT(PIXELS, TINY, optimizer_config={"target": "timm.optim.Muon", "params": {"weight_decay": 0.1}})
+    matrices, rest = model.configure_optimizers().param_groups
+    names = {id(p): k for k, p in model.named_parameters()}
+    assert {names[id(p)].split(".")[1] for p in matrices["params"]} == {"blocks"} and matrices["weight_decay"] == 0.1
+    assert all(p.ndim == 2 for p in matrices["params"]) and len(matrices["params"]) == 6 * 2
+    assert rest["use_fallback"] and rest["weight_decay"] == 0
+    assert {"transformer.tok_emb.weight", "transformer.head.weight"} <= {names[id(p)] for p in rest["params"]}
+
+
 # --- ImageGPT ---------------------------------------------------------------------------------------------------------
 
 
@@ -237,11 +224,14 @@ def test_priming_keeps_the_upper_part():
 
 def test_tokens_are_kept_on_request():
     model = ImageGPT(PIXELS, TINY, cache_codes=True)
-    batch = {**halves(), "relpath": ["a", "b", "c", "d"]}
-    first = model.image_tokens(batch)
-    batch["image"] = torch.zeros_like(batch["image"])
-    assert torch.equal(model.image_tokens(batch), first)
-    assert not torch.equal(ImageGPT(PIXELS, TINY).image_tokens(batch), first)
+    calls, encode = [], model.first_stage_model.encode
+    model.first_stage_model.encode = lambda x: calls.append(len(x)) or encode(x)
+    first = model.image_tokens(halves())
+    assert torch.equal(model.image_tokens(halves()), first) and calls == [4]
+    assert torch.equal(model.image_tokens({"image": halves()["image"][2:3]}), first[2:3]) and calls == [4]
+    dark = {"image": -torch.ones(1, 4, 4, 1)}
+    assert int(model.image_tokens(dark).max()) == 0 and calls == [4, 1]
+    assert model.image_tokens(halves(), shrink=2).shape == (4, 4) and calls == [4, 1, 4]
 
 
 def test_average_of_the_weights():
@@ -250,14 +240,7 @@ def test_average_of_the_weights():
     assert set(model.log_images(halves(), n=2)) == {"inputs", "reconstructions", "samples", "samples_half"}
 
 
-# --- DALLE and CogView ------------------------------------------------------------------------------------------------
-
-
-def text_model(cls, **options):
-    torch.manual_seed(0)
-    model = cls(PIXELS, TINY, text_vocab=270, text_length=6, **options)
-    model.text.learn(halves()["caption"])
-    return model
+# --- DALLE, and what CogView shares with it ---------------------------------------------------------------------------
 
 
 def test_dalle_draws_what_it_was_told():
@@ -286,49 +269,6 @@ def test_dalle_loss_is_the_weighted_sum_of_both_parts():
     torch.testing.assert_close(logs["loss_image"], image)
     torch.testing.assert_close(loss, (text + 7 * image) / 8)
     assert (rows >= 270).any() and int(rows.max()) == 275  # each place has its own padding
-
-
-def test_cogview_draws_and_captions_with_one_network():
-    model = fit(text_model(CogView), 500)
-    pictures = halves()["image"].permute(0, 3, 1, 2)
-    assert model.caption(pictures) == halves()["caption"]
-    cond = model.condition(range(4), prompts=halves()["caption"])
-    torch.testing.assert_close(model.sample(cond, seeds=range(4), temperature=0.0), pictures)
-    z = model.encode_images(pictures)
-    scores = torch.stack([model.caption_likelihood(z, model.text_rows([t] * 4)) for t in halves()["caption"]])
-    assert torch.equal(scores.argmax(0), torch.arange(4))
-    best = model.sample(model.condition(range(4), prompts=halves()["caption"]), seeds=range(4), rerank=3)
-    assert (best - pictures).abs().amax((1, 2, 3)).lt(0.1).all()
-    images = model.log_images(halves(), n=2)
-    assert {"inputs", "conditioning", "captions", "samples", "samples_half"} <= set(images)
-    assert all(v.min() >= -1 and v.max() <= 1 for v in images.values())
-
-
-def test_cogview_directions():
-    model = text_model(CogView).eval()
-    _, logs = model.loss(halves())
-    assert {"draw_text", "draw_image", "caption_text", "caption_image"} < set(logs)
-    norms = [m for b in model.transformer.blocks for m in (b.ln1, b.ln2, b.ln3, b.ln4)]
-    assert {type(m).__name__ for m in norms} == {"ScaledLayerNorm"} and model.transformer.blocks[0].attn.stable
-    drawing = text_model(CogView, caption_share=0.0).train()
-    assert set(drawing.loss(halves())[1]) == {"loss", "draw_text", "draw_image"}
-    captioning = text_model(CogView, caption_share=1.0).train()
-    assert set(captioning.loss(halves())[1]) == {"loss", "caption_text", "caption_image"}
-
-
-def test_text_likelihood_is_the_chain_rule():
-    model = text_model(CogView).eval().double()
-    z = model.image_tokens(halves())[:1]
-    rows = model.text_rows(["bright top"])
-    score = model.caption_likelihood(z, rows).item()
-    logp, tokens = 0.0, model.picture_prefix(z)
-    ids = rows[0].tolist()
-    ids = ids[: ids.index(model.end_token) + 1]
-    for i in ids:
-        logits = model.transformer.logits(model.transformer.features(tokens, image_start=2)[:, -1], 0, 271)
-        logp += logits.log_softmax(-1)[0, i].item()
-        tokens = torch.cat([tokens, torch.tensor([[i]])], 1)
-    assert score == pytest.approx(logp / len(ids), abs=1e-5)
 
 
 @pytest.mark.parametrize("cls", [DALLE, CogView])

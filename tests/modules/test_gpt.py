@@ -160,6 +160,15 @@ def test_a_layer_sees_what_its_mask_says(kind):
         assert (gradient[0].abs().sum(1) > 0).tolist() == [seen(kind, i, j, TEXT) for j in range(LENGTH)]
 
 
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+def test_one_token_of_a_sparse_layer_reads_what_it_sees_alone(kind):
+    model = small(attention=kind)
+    for i in range(1, LENGTH):
+        places = model._mask(kind, model.layout, i, i + 1, model.tok_emb.weight)
+        assert places.tolist() == [j for j in range(i + 1) if model.layout.mask(kind, model.kernel_size)[i, j]]
+    assert model._mask("full", model.layout, 3, 4, model.tok_emb.weight) is None
+
+
 def test_kinds_repeat_over_the_layers():
     assert Transformer(5, 13, n_layer=5, grid=(3, 4), image_start=1, attention=("row", "conv")).kinds == [
         "row", "conv", "row", "conv", "row",

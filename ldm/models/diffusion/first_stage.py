@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.models.autoencoder import VQModel, VQModelInterface
 from ldm.models.base import BaseModel
+from ldm.models.first_stage import first_stage_of_run
 from ldm.models.framework import rank_zero_info
 from ldm.modules.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, instantiate_from_config
@@ -53,29 +54,11 @@ class FirstStage(BaseModel):
         else:
             self.scale_factor = scale_factor
         self.filled_stages: set[str] = set()  # those of the two stages whose weights are not random
-        model = self.first_stage_of_run(config) if isinstance(config, str) else self.instantiate_first_stage(config)
+        model = first_stage_of_run(config) if isinstance(config, str) else self.instantiate_first_stage(config)
         self.first_stage_model = model.eval().requires_grad_(False)
         if isinstance(config, str) or "ckpt_path" in (config.get("params") or {}):
             self.filled_stages.add("first_stage_model")
         self.register_load_state_dict_post_hook(_weights_came)
-
-    def first_stage_of_run(self, path: str) -> nn.Module:
-        """The first stage of a run directory (its best checkpoint) or a checkpoint file, with averaged weights where
-        there are some."""
-        from ldm.checkpoint import find_best
-        from ldm.generate import load_run
-
-        file = find_best(path)
-        model, info = load_run(file)
-        if not (hasattr(model, "encode") and hasattr(model, "decode")):
-            raise UserError(f"first stage {path} is a {type(model).__name__}, expected an autoencoder")
-        if isinstance(model, BaseModel) and model.use_ema:
-            model.model_ema.copy_to(model)
-            del model.model_ema
-        if "loss" in model._modules:  # perceptual network and discriminator have done their work
-            model._modules["loss"] = nn.Identity()
-        rank_zero_info(f"first stage: {type(model).__name__} of {file}, step {info['global_step']}")
-        return model
 
     def instantiate_first_stage(self, config: Mapping[str, Any]) -> nn.Module:
         """Builds `config`; a weights file that is not there is only an error once latents are asked for.

@@ -1,0 +1,135 @@
+"""CogView: one network that draws, captions and enlarges."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldm.models.cogview import CogView
+from ldm.modules.decoding import generate
+from ldm.util import UserError
+from tests.models.halves import fit, halves, text_model
+
+
+def test_cogview_draws_and_captions_with_one_network():
+    model = fit(text_model(CogView), 500)
+    pictures = halves()["image"].permute(0, 3, 1, 2)
+    assert model.caption(pictures) == halves()["caption"]
+    cond = model.condition(range(4), prompts=halves()["caption"])
+    torch.testing.assert_close(model.sample(cond, seeds=range(4), temperature=0.0), pictures)
+    z = model.encode_images(pictures)
+    scores = torch.stack([model.caption_likelihood(z, model.text_rows([t] * 4)) for t in halves()["caption"]])
+    assert torch.equal(scores.argmax(0), torch.arange(4))
+    best = model.sample(model.condition(range(4), prompts=halves()["caption"]), seeds=range(4), rerank=3)
+    assert (best - pictures).abs().amax((1, 2, 3)).lt(0.1).all()
+    images = model.log_images(halves(), n=2)
+    assert {"inputs", "conditioning", "captions", "samples", "samples_half"} <= set(images)
+    assert all(v.min() >= -1 and v.max() <= 1 for v in images.values())
+
+
+def test_cogview_directions():
+    model = text_model(CogView).eval()
+    _, logs = model.loss(halves())
+    assert {"draw_text", "draw_image", "caption_text", "caption_image"} < set(logs)
+    norms = [m for b in model.transformer.blocks for m in (b.ln1, b.ln2, b.ln3, b.ln4)]
+    assert {type(m).__name__ for m in norms} == {"ScaledLayerNorm"} and model.transformer.blocks[0].attn.stable
+    drawing = text_model(CogView, caption_share=0.0).train()
+    assert set(drawing.loss(halves())[1]) == {"loss", "draw_text", "draw_image"}
+    captioning = text_model(CogView, caption_share=1.0).train()
+    assert set(captioning.loss(halves())[1]) == {"loss", "caption_text", "caption_image"}
+
+
+def test_text_likelihood_is_the_chain_rule():
+    model = text_model(CogView).eval().double()
+    z = model.image_tokens(halves())[:1]
+    rows = model.text_rows(["bright top"])
+    score = model.caption_likelihood(z, rows).item()
+    logp, tokens = 0.0, model.picture_prefix(z)
+    ids = rows[0].tolist()
+    ids = ids[: ids.index(model.end_token) + 1]
+    for i in ids:
+        logits = model.transformer.logits(model.transformer.features(tokens, image_start=2)[:, -1], 0, 271)
+        logp += logits.log_softmax(-1)[0, i].item()
+        tokens = torch.cat([tokens, torch.tensor([[i]])], 1)
+    assert score == pytest.approx(logp / len(ids), abs=1e-5)
+
+
+# --- larger pictures --------------------------------------------------------------------------------------------------
+
+
+def test_half_size_comes_before_the_picture():
+    model = text_model(CogView, upscale_share=0.5).eval()
+    assert model.transformer.block_size == 4 + 16 + 6  # text is longer than the quarter of the tokens
+    for p in model.transformer.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    _, logs = model.loss(halves())
+    x = halves()["image"].permute(0, 3, 1, 2)
+    z = model.encode_images(x)
+    low = model.first_stage_model.encode(F.avg_pool2d(x, 2))[2][2].flatten(1)
+    column = torch.ones(4, 1, dtype=torch.int64)
+    tokens = torch.cat(
+        [column * model.base, column * model.boi, low + 275, column * model.eoi, column * model.boi, z + 275], 1
+    )
+    logits, _ = model.transformer(tokens[:, :-1])
+    torch.testing.assert_close(logs["upscale_image"], F.cross_entropy(logits[:, 7:, 275:].flatten(0, 1), z.flatten()))
+
+
+def test_shares_decide_what_is_trained():
+    torch.manual_seed(0)
+    model = text_model(CogView, caption_share=0.0, upscale_share=1.0).train()
+    assert set(model.loss(halves())[1]) == {"loss", "upscale_image"}
+    model = text_model(CogView, caption_share=0.25, upscale_share=0.5).train()
+    names = {"draw_image", "caption_text", "upscale_image"}
+    assert names < set(model.loss(halves())[1]) and names < set(model.eval().loss(halves())[1])
+    for shares in ({"caption_share": 0.6, "upscale_share": 0.5}, {"caption_share": -0.1}):
+        with pytest.raises(UserError, match="caption_share and upscale_share: got"):
+            text_model(CogView, **shares)
+
+
+def test_sliding_windows_draw_twice_the_size():
+    model = fit(text_model(CogView, caption_share=0.0, upscale_share=1.0), 300)
+    pictures = halves()["image"].permute(0, 3, 1, 2)
+    # a quarter of a picture of halves in twice its size is again one half, or all of one colour
+    small = F.interpolate(F.avg_pool2d(pictures, 2), scale_factor=2.0)
+    large = model.enlarge(small[:2], seeds=[0, 1], temperature=0.0)
+    assert large.shape == (2, 1, 8, 8)
+    again = model.enlarge(small[1:2], seeds=[1], temperature=0.0)
+    torch.testing.assert_close(again, large[1:2])
+    cond = model.condition([3], prompts=["bright top"])
+    assert model.sample(cond, seeds=[3], upscale=True).shape == (1, 1, 8, 8)
+    with pytest.raises(UserError, match="trained without upscale_share"):
+        text_model(CogView).eval().enlarge(small, seeds=range(4))
+    with pytest.raises(UserError, match="grid of 6x6 tokens, expected multiples of 4"):
+        stage = {"target": "ldm.modules.codebooks.PixelCodes", "params": {"size": 6, "levels": 4}}
+        CogView(stage, {"params": {"n_head": 2, "n_embd": 8}}, text_vocab=270, upscale_share=0.1)
+
+
+def test_windows_keep_what_earlier_ones_have_drawn():
+    model = text_model(CogView, upscale_share=0.5).eval()
+    seen = []
+    draw = model.draw_tokens
+
+    def watch(cond, seeds, **knobs):
+        tokens = draw(cond, seeds, **knobs)
+        seen.append((cond["primed"].clone(), tokens))
+        return tokens
+
+    model.draw_tokens = watch
+    out = model.enlarge(halves()["image"].permute(0, 3, 1, 2)[:1], seeds=[0])
+    assert len(seen) == 9  # three by three windows, half of each new in either direction
+    known = [(given >= 0).view(4, 4) for given, _ in seen]
+    assert not known[0].any() and known[1][:, :2].all() and not known[1][:, 2:].any()
+    assert known[4][:2].all() and known[4][:, :2].all() and not known[4][2:, 2:].any()
+    for given, tokens in seen:
+        assert torch.equal(tokens[given >= 0], given[given >= 0])
+    first = model.first_stage_model.decode_code(seen[0][1].view(1, 4, 4))
+    torch.testing.assert_close(out[:, :, :4, :4], first)
+
+
+def test_given_tokens_may_lie_anywhere():
+    model = text_model(CogView).eval()
+    prefix = model.condition([0, 1], prompts=["bright top"])["prefix"]
+    given = torch.full((2, 16), -1)
+    given[0, [2, 5]], given[1, [0, 5, 15]] = torch.tensor([3, 1]), torch.tensor([2, 0, 1])
+    span = {"first": model.first_code, "last": model.first_code + 4}
+    tokens = generate(model.transformer, prefix, 16, u=torch.rand(2, 16), primed=given, **span)
+    assert torch.equal(tokens[given >= 0], given[given >= 0]) and int(tokens.min()) >= 0
