@@ -187,11 +187,12 @@ def texts(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, str
 
     features, real, first = rows[0]["features"], rows[0]["result"]["real"], rows[0]["result"]
     data = f"{real.get('data', real.get('folder'))}, {real.get('split', 'all')}"
-    command = f"python scripts/compare.py {' '.join(args.what)} --budget {args.budget:g} -n {args.n_samples}"
+    what = " ".join(args.what).replace(f"{ROOT}/", "")
+    command = f"python scripts/compare.py {what} --budget {args.budget:g} -n {args.n_samples}"
     runs = len({r["run"] for r in rows})
     return {
-        "introduction": f"{runs} runs, each trained for at most {args.budget:g} seconds on the same machine; "
-        f"{args.n_samples:,} pictures drawn from each are compared with {real['n']:,} real ones ({data}).",
+        "introduction": f"{runs} run{'s' * (runs > 1)}, each trained for at most {args.budget:g} seconds on the same "
+        f"machine; {args.n_samples:,} pictures drawn from each are compared with {real['n']:,} real ones ({data}).",
         "features": f"Features: {features['name']} ({features['layer']}, {features['sha256'][:8]}).",
         "footer": f"Made by: {command}. Commit {commit()}, torch {first['versions']['torch']}, {first['device']}.",
     }

@@ -44,9 +44,9 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem aut
 h1, h2, h3 { line-height: 1.2; } table { border-collapse: collapse; font-size: .85rem; }
 .wide { overflow-x: auto; } th, td { padding: .35rem .6rem; border-bottom: 1px solid #cbd5e0; text-align: right; }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
-td.best { font-weight: bold; } img { max-width: 100%; } img.pixels { image-rendering: pixelated; }
+td.best { font-weight: bold; } img { max-width: 100%; } img.pixels { width: 100%; image-rendering: pixelated; }
 .walls { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 1.5rem; }
-.verdict { font-weight: bold; } .supported { color: #276749; } .not { color: #9b2c2c; } figure { margin: 0; }
+.verdict { font-weight: bold; } .supported { color: #276749; } .not-supported { color: #9b2c2c; } figure { margin: 0; }
 footer, .note { color: #4a5568; font-size: .85rem; }
 </style></head><body>
 <h1>{{ title }}</h1>
@@ -63,7 +63,7 @@ of the data. Copies: drawn pictures that are nearly one training picture.</p>
 <figure><img src="{{ plot }}" alt="FID against seconds a picture"></figure>
 <h2 id="claims">What the lecture says</h2>
 {% for v in verdicts %}<h3>{{ v.claim }}</h3>
-<p><span class="verdict {{ v.verdict.split()[0] }}">{{ v.verdict | capitalize }}.</span> {{ v.why }}</p>
+<p><span class="verdict {{ v.verdict | replace(' ', '-') }}">{{ v.verdict | capitalize }}.</span> {{ v.why }}</p>
 {% endfor %}
 {% macro gallery(pictures) %}<div class="walls">
 {% for name, picture in pictures %}<figure><img class="pixels" src="{{ picture }}" alt="{{ name }}">

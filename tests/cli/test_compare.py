@@ -26,6 +26,7 @@ def test_a_page_from_a_config_and_the_second_time_from_what_is_there(tmp_path, m
     assert 0 < row["trained_steps"] < 3000 and row["parameters"] > 1000 and row["minutes"] > 0
     html = (out / "index.html").read_text()
     assert "vae_digits" in html and "No GAN" in html and "70 pictures" in html
+    assert "scripts/compare.py configs/autoencoder/vae_digits.yaml" in html  # no path of this machine
     trained = json.loads((out / "runs/vae_digits.json").read_text())
     before = time.time()
     args = compare.build_parser().parse_args([str(a) for a in argv])
