@@ -80,7 +80,9 @@ def markdown(figures: Sequence[Figure]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for f in ordered:
         cells = [f.label, f"{f.params / 1e6:.2f}", f"{f.gflops:.3g}"]
-        cells += [_number(f.rate, ".0f"), _number(f.minutes, ".1f")] if timed else []
+        cells += (
+            [_number(f.rate, ".0f"), _number(f.minutes, ".1f" if (f.minutes or 0) >= 1 else ".2g")] if timed else []
+        )
         lines.append("| " + " | ".join([*cells, _number(f.top1, ".2f"), f.source]) + " |")
     return "\n".join(lines) + "\n"
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ldm.training import Run
 
 STEPS = 3  # the first one also pays for memory allocation, so the last one is timed
+OF_GPUS = ("fsdp", "deepspeed")  # strategies that a machine without GPUs refuses
 
 
 class _Clock(Callback):
@@ -57,6 +58,8 @@ def dry_run(run: Run) -> None:
         say(f"steps       {params.get('max_steps') or str(params.get('max_epochs')) + ' epochs'}")
         say(f"not tried   {there / 2**30:.1f} GiB are free here; --precision bf16-true halves it, use_ema: false helps")
         return
+    if str(params.get("strategy", "")).startswith(OF_GPUS) and not torch.cuda.is_available():
+        say(f"strategy    {params.pop('strategy')} needs GPUs: tried here without")
     model, config = training.build_model(run, data)
     model.cache_latents = None  # a dry run writes nothing
     full = make_trainer({**params, "logger": False, "enable_checkpointing": False, "barebones": False})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,11 @@ from ldm.diffusion.schedule import ddim_timesteps
 from ldm.generate import NonFinite
 from ldm.modules.distributions import DiagonalGaussianDistribution
 from ldm.text2image import Batch
-from ldm.util import SeededNoise, UserError, suggest
+from ldm.util import SeededNoise, UserError, count_params, suggest
 
 DPM_SOLVER = "dpm_solver"  # the official DPMSolverSampler, grid and all
 SAMPLER_NAMES = (*SAMPLERS, DPM_SOLVER)
+SMALL, TOGETHER = 30e6, 8  # a network of so few parameters takes so many pictures at a time on the CPU
 Say = Callable[[str], None]  # one line for the user
 
 
@@ -108,12 +109,24 @@ class Painter:
     def device(self) -> torch.device:
         return self.model.betas.device
 
-    def calls(self, batch: Batch) -> Iterator[Batch]:
-        """A batch as network calls. On the CPU each picture is one: more at once are not faster there, take more
-        memory, and kernels round by the size of a batch, so that a seed would not be a picture to the last bit."""
-        size = 1 if self.device.type == "cpu" else len(batch)
-        for i in range(0, len(batch), size):
-            yield batch[i : i + size]
+    @property
+    def per_call(self) -> int | None:
+        """Pictures in a network call on the CPU, always so many, since kernels round by the size of a batch and a seed
+        is a picture to the last bit: one of a large network, for which more at once are not faster and take more
+        memory. None on other devices: a batch is a call."""
+        if self.device.type != "cpu":
+            return None
+        return TOGETHER if count_params(self.model.model) < SMALL else 1
+
+    def calls(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Batches as network calls."""
+        size = self.per_call
+        if size is None:
+            yield from batches
+            return
+        every = [one for batch in batches for one in batch]
+        for i in range(0, len(every), size):
+            yield every[i : i + size]
 
     def report_cuts(self, prompts: Sequence[str]) -> None:
         """Says which words of a prompt the text encoder does not know, or will not see."""
@@ -152,11 +165,14 @@ class Painter:
         Raises:
             NonFinite: NaN or infinity, in full precision too.
         """
-        x = self._paint(batch, size, start, callback)
+        n = len(batch)
+        batch = [*batch, *batch[-1:] * ((self.per_call or n) - n)]  # the last one again, where some are missing
+        step = None if callback is None else lambda i, x0: callback(i, x0[:n])
+        x = self._paint(batch, size, start, step)[:n]
         if not bool(x.isfinite().all()) and not self._full_precision:
             self.say(f"non-finite values in {self.precision}: once more in fp32, and the rest too")
             self._to_full_precision()
-            x = self._paint(batch, size, start, callback)
+            x = self._paint(batch, size, start, step)[:n]
         if not bool(x.isfinite().all()):
             raise NonFinite(
                 "the network gave non-finite values in fp32; no picture was written. Is the checkpoint damaged, or "

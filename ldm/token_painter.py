@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,9 @@ class TokenPainter:
         """Tokens of a picture."""
         return self.model.sampling_steps
 
-    def calls(self, batch: Batch) -> Iterator[Batch]:
-        """A batch as network calls: one, a token's cost hardly grows with it."""
-        yield batch
+    def calls(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Batches as network calls: one each, a token's cost hardly grows with it."""
+        yield from batches
 
     def report_cuts(self, prompts: Sequence[str]) -> None:
         """`condition` says what is cut."""

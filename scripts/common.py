@@ -367,7 +367,7 @@ def paint(
     total, made, began = sum(len(b) for b in batches), 0, time.perf_counter()
     strength = 1.0 if start is None else start.strength
     record = {k: v for k, v in settings.items() if k not in COUNTS} | generate.versions()
-    for batch in (call for b in batches for call in painter.calls(b)):
+    for batch in painter.calls(batches):
         names = f"{made + 1}-{made + len(batch)}" if len(batch) > 1 else f"{made + 1}"
         with tqdm(total=int(strength * settings["steps"]), desc=f"picture {names} of {total}", unit="step") as bar:
             callback = step_callback(bar, painter, Path(args.outdir), args.preview)

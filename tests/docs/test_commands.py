@@ -216,7 +216,7 @@ def _substitute(word, before, things, place):
     if before not in OUTPUTS:
         make = next((m for pattern, m in STANDS_FOR.items() if re.fullmatch(pattern, value)), None)
         value = str(make(things)) if make else value
-    unknown = re.search(r"[<>]|\.\.\.", value) or re.fullmatch(r"[A-Z]{2,}", value)
+    unknown = re.search(r"<|[a-z]>|\.\.\.", value) or re.fullmatch(r"[A-Z]{2,}", value)
     assert not unknown, f"unknown placeholder {word}: tests/docs/test_commands.py knows {', '.join(STANDS_FOR)}"
     return key + equals + value
 
@@ -247,7 +247,7 @@ def shorten(script, argv):
     for i, flag in enumerate(short[:-1]):
         if flag in SHORT and short[i + 1].isdigit():
             short[i + 1] = str(min(int(short[i + 1]), SHORT[flag]))
-    if script in ("scripts/sample.py", "scripts/evaluate.py") and "-n" not in short and "--like" not in short:
+    if script in ("scripts/sample.py", "scripts/evaluate.py") and not {"-n", "--like", "--seeds"} & set(short):
         short += ["-n", "8"]
     if script in PAINTERS and "--like" not in short:
         few = {"--steps": 2, "--n_iter": 1, "--n_samples": 1} | ({"--H": 32, "--W": 32} if "txt2img" in script else {})
