@@ -95,13 +95,23 @@ class Browser:
         await self.click(*await self.at(selector, 0.5, 0.5))
 
     async def at(self, selector, x, y):
-        """Where a share of an element's width and height is on the screen, after it is scrolled there."""
+        """Where a share of an element's width and height is on the screen, after it is scrolled there, once it has come
+        to rest and nothing lies over it."""
         script = (
             f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
             " e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
-            f" return [r.x + r.width * {x}, r.y + r.height * {y}]; }})()"
+            f" const p = [r.x + r.width * {x}, r.y + r.height * {y}], top = document.elementFromPoint(...p);"
+            " return (e.complete ?? true) && (top === e || e.contains(top)) ? p : null; })()"
         )
-        return await self.run(script)
+        before = None
+
+        async def rests():
+            nonlocal before
+            now = await self.run(script)
+            same, before = now is not None and now == before, now
+            return now if same else None
+
+        return await self._until(rests, f"{selector} at rest")
 
     async def screenshot(self, path):
         found = await self.call("Page.captureScreenshot", format="png")

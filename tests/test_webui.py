@@ -120,7 +120,7 @@ def test_a_visit_in_a_browser(run, tmp_path):
             await browser.until(f"{picture} !== {pointed!r} && {picture} !== {loaded!r}")
             await browser.press("#stop")
             await browser.press("#save")
-            await browser.until("document.querySelector('#files').innerText.includes('drag.png')")
+            await browser.until(r"document.querySelector('#files').innerText.replace(/\s/g, '').includes('drag.png')")
             await browser.run("window.scrollTo(0, 0)")
             await browser.screenshot(tmp_path / "page.png")
             return browser.errors
@@ -130,4 +130,4 @@ def test_a_visit_in_a_browser(run, tmp_path):
     finally:
         page.close()
     shot = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"))
-    assert shot.shape == (1000, 1280, 3) or shot.std() > 5
+    assert shot.shape[1] == 1280 and shot.std() > 5
