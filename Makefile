@@ -13,7 +13,7 @@ digits: $(STAMP)
 	$(BIN)/python scripts/demo.py digits
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 smoke: $(STAMP)
 	$(BIN)/python -m pytest -q -m smoke
