@@ -14,7 +14,7 @@ from ldm.modules import matmul
 
 LONG = 512  # queries and keys from which on it pays
 SHORT = 64  # keys up to which the formula pays
-BLOCK = 2**17  # scores that are held at once: they stay in the cache
+BLOCK = 2**20  # scores that are held at once: larger products share their work better among the cores
 
 
 class _Attention(torch.autograd.Function):
