@@ -26,7 +26,7 @@ class DragOptions:
     """What a drag depends on besides the picture and its points.
 
     Attributes:
-        lr: Adam's step in the latent.
+        lr: Adam's step in the latent; the paper takes 0.002 and some hundred steps at 512 pixels.
         layers: leading ws that move, which carry pose and shape; the others keep texture and colour. None for those up
             to the feature layer. The paper moves 6.
         resolution: of the feature layer; None for half of the picture's, at most 128.
@@ -37,12 +37,12 @@ class DragOptions:
         w_plus: a latent per layer instead of one for all that move.
     """
 
-    lr: float = 0.01
+    lr: float = 0.1
     layers: int | None = 6
     resolution: int | None = None
     motion_radius: float | None = None
     track_radius: int | None = None
-    mask_weight: float = 20.0
+    mask_weight: float = 10.0
     tolerance: float | None = None
     w_plus: bool = True
 

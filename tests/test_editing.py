@@ -175,7 +175,7 @@ def test_a_step_changes_nothing_but_the_leading_layers(generator, ws):
     full = editing.full_ws(job, state.head)
     assert torch.equal(full[:, 3:], ws[:, 3:])
     changed = (full[:, :3] - ws[:, :3]).abs()
-    assert torch.allclose(changed, torch.full_like(changed, 0.01), atol=1e-3)  # Adam's first step is lr
+    assert torch.allclose(changed, torch.full_like(changed, DragOptions.lr), atol=1e-3)  # Adam's first step is lr
     assert all(torch.equal(v, generator.state_dict()[k]) for k, v in before.items())
     assert torch.equal(start.head, kept) and start.step == 0  # the state it was given is as it was
     again = editing.drag_step(job, start)
