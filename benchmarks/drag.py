@@ -4,7 +4,7 @@
     python benchmarks/drag.py -r logs/<run> -n 20 --pixels 8 --steps 100
 
 Each drag has a picture of its own (seeds 0, 1, ...), a handle in the middle half of it, a target in a random direction,
-and a mask: pixels within 1.5 times the way of the line from handle to target may change, the others are kept.
+and a mask: pixels within twice the way of the line from handle to target may change, the others are kept.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def one_drag(model, seed: int, args: argparse.Namespace) -> tuple[float, float, 
     ws = latents.from_seed(model, seed, None, args.truncation).ws
     size = model.generator.img_resolution
     handle, target = random_pair(size, args.pixels, torch.Generator().manual_seed(seed))
-    mask = corridor(size, handle, target, 1.5 * args.pixels)
+    mask = corridor(size, handle, target, 2 * args.pixels)
     options = editing.DragOptions(lr=args.lr, mask_weight=args.mask_weight)
     job, state = editing.start(model.generator, ws, handle, target, mask, options)
     before = editing.picture(job, state)

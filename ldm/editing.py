@@ -42,7 +42,7 @@ class DragOptions:
     resolution: int | None = None
     motion_radius: float | None = None
     track_radius: int | None = None
-    mask_weight: float = 10.0
+    mask_weight: float = 15.0
     tolerance: float | None = None
     w_plus: bool = True
 

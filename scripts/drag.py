@@ -1,6 +1,6 @@
 """Drags points of a generated picture to where they should be (DragGAN), without a window.
 
-python scripts/drag.py -r logs/<run> --seed 3 --points "20,40>20,46"
+python scripts/drag.py --seed 3 --points "20,40>20,46"
 python scripts/drag.py -r logs/<run> --seed 3 --points "20,40>20,46; 44,40>44,46" --mask m.png --out drag.gif
 python scripts/drag.py -r logs/<run> --latent outputs/invert/me.safetensors --points "20,40>20,46"
 """
@@ -11,7 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 from scripts import common  # noqa: E402
 
@@ -21,7 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="drag.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("-r", "--run", "--ckpt", required=True, metavar="RUN", help="run directory, checkpoint or NVIDIA .pkl")
+    text = "run directory, checkpoint or NVIDIA .pkl (default: models/gan/openmoji, faces that come with the project)"
+    add("-r", "--run", "--ckpt", default=str(ROOT / "models/gan/openmoji"), metavar="RUN", help=text)
     add("--seed", type=int, default=0, help="which picture (default: 0)")
     add("--class", dest="class_label", default=None, help="class by number or name")
     add("--truncation", type=float, default=0.7, help="psi of the picture (default: 0.7)")
@@ -32,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, default=0.1, help="step size in the latent (default: 0.1)")
     add("--space", choices=("w", "w+"), default="w+", help="one latent for all layers that move, or one each")
     add("--layers", type=int, default=6, help="leading layers that move (default: 6)")
-    add("--mask-weight", type=float, default=10.0, help="how firmly the rest is kept (default: 10)")
+    add("--mask-weight", type=float, default=15.0, help="how firmly the rest is kept (default: 15)")
     add("--motion-radius", type=float, default=None, help="pixels around a handle that move with it")
     add("--track-radius", type=int, default=None, help="pixels around a handle in which it is looked for")
     add("--out", default="outputs/drag/drag.gif", help=".gif, .mp4, or .png for the last picture only")

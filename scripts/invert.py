@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 from scripts import common  # noqa: E402
 
@@ -22,7 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="invert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("-r", "--run", "--ckpt", required=True, metavar="RUN", help="run directory, checkpoint or NVIDIA .pkl")
+    text = "run directory, checkpoint or NVIDIA .pkl (default: models/gan/openmoji, faces that come with the project)"
+    add("-r", "--run", "--ckpt", default=str(ROOT / "models/gan/openmoji"), metavar="RUN", help=text)
     add("--image", required=True, metavar="FILE", help="the picture; its middle square is used")
     add("--class", dest="class_label", default=None, help="class of the picture, for conditional models")
     add("--space", choices=("w", "w+"), default="w+", help="one latent for all layers (easier to edit), or one each")

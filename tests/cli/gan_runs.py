@@ -1,5 +1,8 @@
-"""Tiny runs of the GAN configs, made by main.py."""
+"""Tiny runs of the GAN configs, made by main.py, and calls of the scripts."""
 
+import sys
+
+from scripts import common
 from tests.cli.tools import QUICK, config, only_run, run_main
 
 SMALL = [
@@ -27,3 +30,12 @@ def gan_run(folder):
     argv += [f"model.params.{p}_config.params.channels=8" for p in ("generator", "discriminator")]
     assert run_main(*argv) == 0
     return only_run(folder)
+
+
+def call(module, action, *argv):
+    """The exit code of a script."""
+    before, sys.argv = sys.argv, [module.__name__, *map(str, argv)]
+    try:
+        return common.main(module.build_parser(), action)
+    finally:
+        sys.argv = before

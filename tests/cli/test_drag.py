@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 
 import numpy as np
 import pytest
@@ -13,17 +12,9 @@ from ldm import stylegan_pickle
 from ldm.generate import load_run, read_settings
 from ldm.latents import load_stylegan
 from ldm.release import release
-from scripts import common, drag, invert, sample
-from tests.cli.gan_runs import gan_run, stylegan_run
+from scripts import drag, invert, sample
+from tests.cli.gan_runs import call, gan_run, stylegan_run
 from tests.test_stylegan_pickle import Calls, nvidia, save, write_generator  # noqa: F401  (a fixture)
-
-
-def call(module, action, *argv):
-    before, sys.argv = sys.argv, [module.__name__, *map(str, argv)]
-    try:
-        return common.main(module.build_parser(), action)
-    finally:
-        sys.argv = before
 
 
 @pytest.fixture(scope="module")
