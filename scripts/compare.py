@@ -188,7 +188,8 @@ def texts(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, str
     features, real, first = rows[0]["features"], rows[0]["result"]["real"], rows[0]["result"]
     data = f"{real.get('data', real.get('folder'))}, {real.get('split', 'all')}"
     what = " ".join(args.what).replace(f"{ROOT}/", "")
-    command = f"python scripts/compare.py {what} --budget {args.budget:g} -n {args.n_samples}"
+    steps = " ".join(map(str, args.steps))
+    command = f"python scripts/compare.py {what} --budget {args.budget:g} -n {args.n_samples} --steps {steps}"
     runs = len({r["run"] for r in rows})
     return {
         "introduction": f"{runs} run{'s' * (runs > 1)}, each trained for at most {args.budget:g} seconds on the same "

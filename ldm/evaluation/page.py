@@ -35,7 +35,7 @@ COLUMNS = (
     ("copies", "copies", "{:.1%}"),
     ("peak_memory_gib", "memory, GiB", "{:.2f}"),
 )
-COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#4a5568")
+COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#4a5568", "#d69e2e", "#0bc5ea", "#e53e3e", "#1a202c")
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>

@@ -142,8 +142,10 @@ class Drawing(pl.LightningModule):
 
     def on_predict_start(self) -> None:
         self._started = time.perf_counter()
-        self._hooks = [m.register_forward_hook(self._count) for m in self.recipe.networks()]
-        self._counts = dict.fromkeys(map(id, self.recipe.networks()), 0)
+        # of a generator that is called in two parts, the one that makes the picture
+        networks = [getattr(m, "synthesis", m) for m in self.recipe.networks()]
+        self._hooks = [m.register_forward_hook(self._count) for m in networks]
+        self._counts = dict.fromkeys(map(id, networks), 0)
 
     def _count(self, module: Any, *_: Any) -> None:
         self._counts[id(module)] += 1
@@ -153,7 +155,9 @@ class Drawing(pl.LightningModule):
         before = dict(self._counts)
         with torch.random.fork_rng(devices=[]):
             x = self.plan.draw(seeds)
-        self.calls += max((n - before[k] for k, n in self._counts.items()), default=0)
+        # a transformer that draws token by token is not called as a whole
+        tokens = getattr(self.recipe, "sampling_steps", 0)
+        self.calls += max(tokens, *(n - before[k] for k, n in self._counts.items()), 0)
         self.drawn, self.batches = self.drawn + len(seeds), self.batches + 1
         pictures = generate.pictures(x, self.plan.record["checkpoint"])
         for future in self._written:

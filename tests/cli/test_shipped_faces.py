@@ -1,6 +1,7 @@
 """The StyleGAN2 of faces that comes with the project: it draws, is dragged without a run of one's own, and arrives."""
 
 import argparse
+import json
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from PIL import Image
 from benchmarks.drag import one_drag
 from ldm import latents
 from ldm.editing import DragOptions
-from scripts import drag, sample
+from scripts import drag, evaluate, sample
 from tests.cli.gan_runs import call
 from tests.cli.tools import ROOT
 
@@ -27,6 +28,13 @@ def test_faces_are_drawn(tmp_path):
     for picture in pictures:  # a white page with something in its middle
         corners = [picture.getpixel((x, y)) for x in (1, 62) for y in (1, 62)]
         assert min(min(c) for c in corners) > 200 and min(picture.getpixel((32, 32))) < 200
+
+
+def test_a_picture_is_one_network_call(tmp_path):
+    argv = ["-r", FACES, "-n", 4, "--metrics", "sharpness", "--outdir", tmp_path, "--json", tmp_path / "x.json"]
+    assert call(evaluate, evaluate.measure, *argv) == 0
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert result["sampling"]["cost"]["network_calls_per_picture"] == 1 and 0.2 < result["metrics"]["sharpness"] < 2
 
 
 def test_dragging_needs_no_run(tmp_path, capsys):
