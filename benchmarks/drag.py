@@ -3,8 +3,8 @@
     python benchmarks/drag.py                       # the model that comes with the project
     python benchmarks/drag.py -r logs/<run> -n 20 --pixels 8 --steps 100
 
-Each drag has a picture of its own (seeds 0, 1, ...), a handle in the middle half of it, a target in a random direction,
-and a mask: pixels within twice the way of the line from handle to target may change, the others are kept.
+Each drag has a picture of its own (seeds from `--seed` on), a handle in the middle half of it, a target in a random
+direction, and a mask: pixels within twice the way of the line from handle to target may change, the others are kept.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-r", "--run", default=str(ROOT / "models/gan/openmoji"))
     parser.add_argument("-n", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the first drag")
     parser.add_argument("--pixels", type=float, default=8.0)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=editing.DragOptions.lr)
@@ -67,7 +68,8 @@ def main() -> None:
     parser.add_argument("--truncation", type=float, default=0.7)
     args = parser.parse_args()
     model, _ = latents.load_stylegan(args.run, None, "cpu")
-    rows = torch.tensor([one_drag(model, seed, args) for seed in tqdm(range(args.n), desc="dragging", unit="drag")])
+    seeds = range(args.seed, args.seed + args.n)
+    rows = torch.tensor([one_drag(model, seed, args) for seed in tqdm(seeds, desc="dragging", unit="drag")])
     left, change, steps = rows.unbind(1)
     print(f"{args.n} drags of {args.pixels:g} pixels, at most {args.steps} steps:")
     print(f"  pixels left     {left.mean():.2f} on average, at most {left.max():.2f}")
