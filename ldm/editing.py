@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ldm.util import UserError
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam
+FEATURES = 0.2  # weight of fixed features where the picture is known too, which alone shows what a person would see
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class DragOptions:
         resolution: of the feature layer; None for half of the picture's, at most 128.
         motion_radius, track_radius: of the disc that is moved and of the square that is searched, in pixels; None for
             the paper's 3 and 12 at 512 pixels, at least 2 and 3.
-        mask_weight: of keeping what is outside of the mask.
+        mask_weight: of keeping what is outside of the mask: the features there, and, where the generator adds up a
+            picture layer by layer (skip connections), the picture so far.
         tolerance: a handle this near to its target has arrived, in pixels; None for the paper's 2 at 512, at least 1.
         w_plus: a latent per layer instead of one for all that move.
     """
@@ -42,7 +44,7 @@ class DragOptions:
     resolution: int | None = None
     motion_radius: float | None = None
     track_radius: int | None = None
-    mask_weight: float = 15.0
+    mask_weight: float = 10.0
     tolerance: float | None = None
     w_plus: bool = True
 
@@ -55,6 +57,7 @@ class Drag:
         generator: a StyleGAN2 generator, without gradients for its weights.
         targets: [N, 2].
         features0: of the picture at the start [1, C, h, w]; reference: at the handles then [N, C].
+        image0: the picture so far at the feature layer [1, 3, h, w]; None where the generator makes none on the way.
         fixed: share of each feature pixel that must not change [1, 1, h, w], or None.
         tail: ws that do not move [1, num_ws - layers, w_dim].
     """
@@ -62,6 +65,7 @@ class Drag:
     generator: nn.Module
     targets: Tensor
     features0: Tensor
+    image0: Tensor | None
     reference: Tensor
     fixed: Tensor | None
     tail: Tensor
@@ -148,11 +152,15 @@ def feature_resolution(generator: nn.Module, options: DragOptions) -> int:
     return wanted
 
 
-def features_at(generator: nn.Module, ws: Tensor, resolution: int) -> Tensor:
-    """Runs the generator up to that resolution and no further; [1, C, resolution, resolution] in float32."""
-    for reached, features, _ in generator.synthesis.steps(ws, noise_mode="const"):
+def features_at(generator: nn.Module, ws: Tensor, resolution: int) -> tuple[Tensor, Tensor | None]:
+    """Runs the generator up to that resolution and no further.
+
+    Returns:
+        Features [1, C, resolution, resolution] and the picture so far [1, 3, resolution, resolution] or None, float32.
+    """
+    for reached, features, image in generator.synthesis.steps(ws, noise_mode="const"):
         if reached == resolution:
-            return features.float()
+            return features.float(), None if image is None else image.float()
     raise ValueError(f"resolution: got {resolution}, expected one of {generator.synthesis.block_resolutions}")
 
 
@@ -193,9 +201,9 @@ def motion_loss(features: Tensor, handles: Tensor, targets: Tensor, radius: floa
     return ((here - there).abs().mean((1, 2)) * (distance[:, 0] > 0)).sum()
 
 
-def mask_loss(features: Tensor, features0: Tensor, fixed: Tensor) -> Tensor:
-    """The second half of equation 1: mean absolute change of the features where they are fixed."""
-    return ((features - features0).abs() * fixed).mean()
+def mask_loss(x: Tensor, x0: Tensor, fixed: Tensor) -> Tensor:
+    """The second half of equation 1: mean absolute change of features, or of a picture, where they are fixed."""
+    return ((x - x0).abs() * fixed).mean()
 
 
 def track(features: Tensor, reference: Tensor, handles: Tensor, radius: int, size: int) -> Tensor:
@@ -241,7 +249,7 @@ def start(
     layers = used if options.layers is None else min(options.layers, used)
     handles, targets = handles.to(ws), targets.to(ws)
     with torch.no_grad():
-        features = features_at(generator, ws, resolution)
+        features, image = features_at(generator, ws, resolution)
         reference = read(features, handles, size)
     fixed = None
     if mask is not None:
@@ -249,7 +257,7 @@ def start(
         fixed = F.adaptive_avg_pool2d(keep, [resolution, resolution])
     head = ws[:, :layers] if options.w_plus else ws[:, :1]
     head = head.detach().clone()
-    drag = Drag(generator, targets, features, reference, fixed, ws[:, layers:].detach(), options)
+    drag = Drag(generator, targets, features, image, reference, fixed, ws[:, layers:].detach(), options)
     return drag, DragState(head, handles, (torch.zeros_like(head), torch.zeros_like(head)))
 
 
@@ -268,7 +276,7 @@ def drag_step(drag: Drag, state: DragState) -> DragState:
     motion, search, tolerance = _radii(size, drag.options)
     head = state.head.detach().requires_grad_()
     with torch.enable_grad():
-        features = features_at(drag.generator, full_ws(drag, head), drag.features0.shape[2])
+        features, image = features_at(drag.generator, full_ws(drag, head), drag.features0.shape[2])
         handles = state.handles
         if state.step > 0:
             handles = track(features.detach(), drag.reference, handles, search, size)
@@ -276,7 +284,10 @@ def drag_step(drag: Drag, state: DragState) -> DragState:
             return replace(state, handles=handles, arrived=True)
         loss = motion_loss(features, handles, drag.targets, motion, size)
         if drag.fixed is not None:
-            loss = loss + drag.options.mask_weight * mask_loss(features, drag.features0, drag.fixed)
+            change = mask_loss(features, drag.features0, drag.fixed)
+            if drag.image0 is not None and image is not None:
+                change = FEATURES * change + mask_loss(image, drag.image0, drag.fixed)
+            loss = loss + drag.options.mask_weight * change
         (gradient,) = torch.autograd.grad(loss, head)
     new, moments = adam(state.head, gradient, state.moments, state.step + 1, drag.options.lr)
     return DragState(new, handles, moments, state.step + 1, float(loss.detach()))
@@ -293,12 +304,23 @@ def adam(
 
 
 def drag_points(drag: Drag, state: DragState, steps: int) -> Iterator[DragState]:
-    """The states of at most `steps` updates; the last one has its handles tracked."""
+    """The states of at most `steps` updates; the last one has its handles tracked.
+
+    Where the handles do not arrive, that is the one in which they were nearest: a handle may be lost again.
+    """
+    nearest = None
     while state.step < steps and not state.arrived:
-        state = drag_step(drag, state)
+        before, state = state, drag_step(drag, state)
+        nearest = _nearer(drag, nearest, replace(before, handles=state.handles))  # they are in the picture of before
         yield state
     if not state.arrived:
-        yield locate(drag, state)
+        yield _nearer(drag, nearest, locate(drag, state))
+
+
+def _nearer(drag: Drag, one: DragState | None, other: DragState) -> DragState:
+    """The one whose handles are nearer to their targets; of equals the first."""
+    far = [float(distances(drag, s.handles).mean()) for s in (one or other, other)]
+    return one if one is not None and far[0] <= far[1] else other
 
 
 @torch.no_grad()
@@ -306,7 +328,7 @@ def locate(drag: Drag, state: DragState) -> DragState:
     """The same state with the handles where they are in its picture."""
     size = drag.generator.img_resolution
     _, search, tolerance = _radii(size, drag.options)
-    features = features_at(drag.generator, full_ws(drag, state.head), drag.features0.shape[2])
+    features, _ = features_at(drag.generator, full_ws(drag, state.head), drag.features0.shape[2])
     handles = track(features, drag.reference, state.handles, search, size)
     return replace(state, handles=handles, arrived=bool((distances(drag, handles) <= tolerance).all()))
 

@@ -232,7 +232,7 @@ def drag_tab(gr: Any, runs: Sequence[str], device: str) -> None:
             w["file"] = gr.File(label="Latent of scripts/invert.py or of an earlier drag", file_types=[".safetensors"])
             w["steps"] = gr.Slider(1, 500, 100, step=1, label="Steps at most")
             w["lr"] = gr.Slider(0.002, 0.3, 0.1, label="Step size")
-            w["weight"] = gr.Slider(0, 100, 15, label="How firmly the rest is kept")
+            w["weight"] = gr.Slider(0, 100, editing.DragOptions.mask_weight, label="How firmly the rest is kept")
         with gr.Column(scale=2):
             label = "Click a handle, then its target"
             size = {"width": SIDE, "height": SIDE}

@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, default=0.1, help="step size in the latent (default: 0.1)")
     add("--space", choices=("w", "w+"), default="w+", help="one latent for all layers that move, or one each")
     add("--layers", type=int, default=6, help="leading layers that move (default: 6)")
-    add("--mask-weight", type=float, default=15.0, help="how firmly the rest is kept (default: 15)")
+    add("--mask-weight", type=float, default=10.0, help="how firmly the rest is kept (default: 10)")
     add("--motion-radius", type=float, default=None, help="pixels around a handle that move with it")
     add("--track-radius", type=int, default=None, help="pixels around a handle in which it is looked for")
     add("--out", default="outputs/drag/drag.gif", help=".gif, .mp4, or .png for the last picture only")

@@ -54,9 +54,10 @@ def test_discs_and_squares():
 
 
 def test_features_are_those_of_the_network(generator, ws):
-    found = {r: f for r, f, _ in generator.synthesis.steps(ws, noise_mode="const")}
+    found = {r: both for r, *both in generator.synthesis.steps(ws, noise_mode="const")}
     for resolution in (4, 16, 32):
-        assert torch.equal(editing.features_at(generator, ws, resolution), found[resolution])
+        features, image = editing.features_at(generator, ws, resolution)
+        assert torch.equal(features, found[resolution][0]) and torch.equal(image, found[resolution][1])
 
 
 # --- the two halves ---------------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def test_dragging_lowers_the_loss_of_the_first_step(generator, ws):
     job, state = editing.start(generator, ws, handles, targets, options=options)
 
     def gap(head):
-        now = editing.features_at(generator, editing.full_ws(job, head), 32)
+        now, _ = editing.features_at(generator, editing.full_ws(job, head), 32)
         around = handles[:, None] + editing.disc(2, "cpu")
         there = editing.read(now, around + points((1, 0)), 32)
         return float((there - editing.read(job.features0, around, 32)).abs().mean())
@@ -228,18 +229,42 @@ def test_the_mask_holds_the_rest(generator, ws):
         job, state = editing.start(generator, ws, points((8, 8)), points((16, 8)), mask, options)
         for _ in range(12):
             state = editing.drag_step(job, state)
-        now = editing.features_at(generator, editing.full_ws(job, state.head), 16)
-        change[weight] = float(editing.mask_loss(now, job.features0, job.fixed))
-    assert change[200.0] < 0.7 * change[0.0]
+        features, image = editing.features_at(generator, editing.full_ws(job, state.head), 16)
+        change[weight] = [
+            float(editing.mask_loss(*both, job.fixed)) for both in ((features, job.features0), (image, job.image0))
+        ]
+    assert all(held < 0.7 * free for held, free in zip(change[200.0], change[0.0], strict=True))
 
 
 def test_the_last_state_is_tracked(generator, ws):
     job, state = editing.start(generator, ws, points((8, 8)), points((24, 8)))
     states = list(editing.drag_points(job, state, 3))
-    assert [s.step for s in states] == [1, 2, 3, 3]
-    located = editing.locate(job, states[2])
-    assert torch.equal(states[3].handles, located.handles)
+    assert [s.step for s in states[:3]] == [1, 2, 3]
+    assert torch.equal(states[3].handles, editing.locate(job, states[3]).handles)
     assert editing.picture(job, states[3]).shape == (1, 3, 32, 32)
+
+
+def test_a_lost_handle_does_not_undo_the_drag(generator, ws, monkeypatch):
+    """The last state is the picture in which the handle was nearest, though it went away again."""
+    places = iter([10, 14, 11, 9, 8])  # at the second step's picture it is nearest
+    monkeypatch.setattr(editing, "track", lambda *args: points((next(places), 8)))
+    job, state = editing.start(generator, ws, points((8, 8)), points((24, 8)), options=DragOptions(resolution=16))
+    *states, last = editing.drag_points(job, state, 5)
+    assert [float(s.handles[0, 0]) for s in states] == [8, 10, 14, 11, 9]
+    assert last.step == 2 and float(last.handles[0, 0]) == 14
+    assert torch.equal(last.head, states[1].head) and not torch.equal(last.head, states[2].head)
+
+
+def test_a_generator_without_a_picture_on_the_way_is_held_by_its_features(ws):
+    torch.manual_seed(0)
+    kwargs = dict(channel_base=512, channel_max=32, num_fp16_res=0, architecture="resnet")
+    resnet = Generator(16, 0, 16, 32, 3, **kwargs, mapping_kwargs={"num_layers": 2}).eval()
+    assert editing.features_at(resnet, ws[:, : resnet.num_ws], 16)[1] is None
+    mask = torch.ones(32, 32, dtype=torch.bool)
+    mask[20:] = False
+    job, state = editing.start(resnet, ws[:, : resnet.num_ws], points((8, 8)), points((16, 8)), mask)
+    moved = editing.drag_step(job, editing.drag_step(job, state))
+    assert job.image0 is None and moved.step == 2 and moved.loss > 0
 
 
 # --- points and faults ------------------------------------------------------------------------------------------------

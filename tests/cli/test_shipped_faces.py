@@ -45,9 +45,9 @@ def test_dragging_needs_no_run(tmp_path, capsys):
 
 @pytest.mark.smoke
 def test_random_drags_arrive_and_the_rest_stays():
-    """The drags that the default settings were chosen with; docs/drag.md has the figures of others."""
+    """docs/drag.md has the figures of more of them."""
     model, _ = latents.load_stylegan(str(FACES), None, "cpu")
     options = {"lr": DragOptions.lr, "mask_weight": DragOptions.mask_weight}
     args = argparse.Namespace(pixels=8.0, steps=100, truncation=0.7, **options)
     left, change, _ = torch.tensor([one_drag(model, seed, args) for seed in range(20)]).mean(0).tolist()
-    assert left < 1.5 and change < 0.025
+    assert left < 1.5 and change < 0.02
