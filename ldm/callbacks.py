@@ -209,10 +209,29 @@ class ImageLogger(Callback):
 
 
 class Throughput(Callback):
-    """Logs images per second and peak memory (MiB) once per epoch."""
+    """Logs images per second and peak memory (MiB) once per epoch; checkpoints keep the seconds of training so far."""
 
     def __init__(self) -> None:
         self._start, self._images = time.perf_counter(), 0
+        self._before = 0.0
+        self._began: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of training, validation and pictures included, over all resumptions."""
+        return self._before + (time.perf_counter() - self._began if self._began is not None else 0.0)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self._before = float(state_dict.get("seconds", 0.0))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._began = time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._before, self._began = self.seconds, None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start, self._images = time.perf_counter(), 0

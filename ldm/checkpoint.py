@@ -378,6 +378,26 @@ def find_run(path: str | Path) -> tuple[Path, Path]:
     raise UserError(f"{path} holds no checkpoint: expected {path}/checkpoints/last.ckpt or {path}/model.ckpt")
 
 
+def in_order_of_steps(path: str | Path) -> list[Path]:
+    """The checkpoints of a run directory, one for each step that there is one of.
+
+    Raises:
+        UserError: no run directory, or one without a checkpoint.
+    """
+    run, _ = find_run(path)
+    found: dict[int, Path] = {}
+    for file in sorted((run / "checkpoints").glob("*.ckpt")):
+        found.setdefault(int(read(file).get("global_step") or 0), file)
+    return [found[step] for step in sorted(found)]
+
+
+def minutes_of(content: Mapping[str, Any]) -> float | None:
+    """Minutes of training that a checkpoint is the result of, over all resumptions; None where it does not say."""
+    callbacks = content.get("callbacks")
+    state = callbacks.get("Throughput") if isinstance(callbacks, Mapping) else None
+    return float(state["seconds"]) / 60 if isinstance(state, Mapping) and "seconds" in state else None
+
+
 def find_best(path: str | Path) -> Path:
     """The best checkpoint of a run directory by what it monitored; without one, what `find_run` finds."""
     run, file = find_run(path)

@@ -94,7 +94,7 @@ def _number(value: float | None, form: str) -> str:
 def curves(runs: Sequence[str | Path], path: Path) -> bool:
     """Loss of the training (smoothed) and accuracy of the validation by step, a line for each run; False if no run has
     them."""
-    pyplot = _pyplot()
+    pyplot = pyplot_without_window()
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4))
     drawn = 0
     for run in map(Path, runs):
@@ -137,7 +137,7 @@ def _smooth(points: list[tuple[int, float]], parts: int = 60) -> list[tuple[floa
     return [(statistics.mean(s for s, _ in g), statistics.mean(v for _, v in g)) for g in groups]
 
 
-def _pyplot() -> Any:
+def pyplot_without_window() -> Any:
     """matplotlib without a window.
 
     Raises:
@@ -159,7 +159,7 @@ def chart(figures: Sequence[Figure], path: Path, title: str) -> None:
     Raises:
         UserError: matplotlib is not installed.
     """
-    pyplot = _pyplot()
+    pyplot = pyplot_without_window()
     shown = [f for f in figures if f.top1 is not None]
     largest = max((f.params for f in shown), default=1)
     figure, axes = pyplot.subplots(figsize=(9.6, 6))

@@ -56,7 +56,7 @@ def load_run(path: str | Path, dotlist: Sequence[str] = ()) -> tuple[Any, dict[s
         dotlist: `key.path=value` changes of the config.
 
     Returns:
-        (model in eval mode, {"run", "checkpoint", "sha256", "config", "global_step"}).
+        (model in eval mode, {"run", "checkpoint", "sha256", "config", "global_step", "minutes" of training or None}).
 
     Raises:
         UserError: no run, no config, or weights that do not fit.
@@ -72,6 +72,7 @@ def load_run(path: str | Path, dotlist: Sequence[str] = ()) -> tuple[Any, dict[s
     model.class_names = content.get("class_names") or config.get("class_names")
     info = {"run": str(run), "checkpoint": str(file), "sha256": digest(file), "config": config}
     info["global_step"] = int(content.get("global_step") or 0)
+    info["minutes"] = checkpoint.minutes_of(content)
     return model, info
 
 

@@ -94,11 +94,11 @@ def trained(config: str, budget: float, args: argparse.Namespace, extra: list[st
 
 def prepared(what: str, args: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
     """The run of one entry of the command line."""
-    from ldm.checkpoint import find_run
+    from ldm.checkpoint import find_run, minutes_of, read
 
     if Path(what).is_dir():
-        run, _ = find_run(what)
-        return {"run": str(run), "name": run.name.partition("_")[2] or run.name, "minutes": None}
+        run, file = find_run(what)
+        return {"run": str(run), "name": run.name.partition("_")[2] or run.name, "minutes": minutes_of(read(file))}
     first, _, second = what.partition("+")
     if not second:
         return trained(first, args.budget, args, extra)

@@ -2,6 +2,7 @@
 
 python scripts/evaluate_captions.py -r models/ldm/openmoji
 python scripts/evaluate_captions.py -r logs/<run> --json result.json --picture samples.png
+python scripts/evaluate_captions.py -r logs/<run> -n 500 --over-time curve.png    every checkpoint of the run
 """
 
 from __future__ import annotations
@@ -41,20 +42,42 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", metavar="FILE", help="write the result here too")
     add("--quiet", action="store_true", help="print nothing but progress bars")
     add("--picture", metavar="PNG", help="write 100 of the pictures, evenly chosen, as one")
+    add(
+        "--over-time",
+        metavar="PNG",
+        help="fidelity at every checkpoint of the run against minutes of training, as a chart; beside it, in "
+        "NAME_samples.png, ten captions as each of them drew them, one row a checkpoint",
+    )
+    add("--after", type=float, default=0.0, metavar="MINUTES", help="what the first stage took before, for that chart")
     return parser
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    if args.over_time:
+        if args.picture:
+            from ldm.util import UserError
+
+            raise UserError("--over-time and --picture: give one of the two")
+        result = over_time(args)
+    else:
+        result = evaluate(args)
+    if not args.quiet:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def opened(args: argparse.Namespace, path: str | Path) -> tuple[Any, dict[str, Any], Any, list[str], dict[str, Any]]:
+    """(model, what load_run says of it, its training set, the captions to draw, the knobs of sample())."""
     from ldm import generate
     from ldm.data.openmoji import OpenMoji
-    from ldm.evaluation import captions
-    from ldm.util import UserError, image_grid
+    from ldm.util import UserError
 
-    device = generate.pick_device(args.device)
-    model, info = generate.load_run(args.run)
+    model, info = generate.load_run(path)
     params = trained_on(info["config"])
     if params is None or not hasattr(model, "first_stage_model"):
-        raise UserError(f"{args.run} was not trained on ldm.data.builtin.OpenMoji over a first stage")
+        raise UserError(f"{path} was not trained on ldm.data.builtin.OpenMoji over a first stage")
     shape = {k: info["config"]["data"]["params"][k] for k in ("size", "channels")}
     data = OpenMoji(**{**shape, **params, "split": "train"})
     prompts = sorted(c for names in data.captions for c in names)
@@ -64,7 +87,17 @@ def evaluate(args: argparse.Namespace) -> None:
     if hasattr(model, "draw_tokens"):
         knobs = {}
     knobs |= common.parse_settings(args.set)
-    model.to(device)
+    return model.to(generate.pick_device(args.device)), info, data, prompts, knobs
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    from ldm import generate
+    from ldm.data.openmoji import OpenMoji
+    from ldm.evaluation import captions
+    from ldm.util import image_grid
+
+    model, info, data, prompts, knobs = opened(args, args.run)
+    params = trained_on(info["config"])
     began = time.perf_counter()
     scope, weights = generate.weights_scope(model, args.weights)
     with scope:
@@ -74,6 +107,7 @@ def evaluate(args: argparse.Namespace) -> None:
         result["fidelity"] = captions.fidelity(model, drawn, prompts, data)
         result["fidelity"]["seconds_per_picture"] = seconds / len(prompts)
         if params.get("colors"):
+            shape = {k: info["config"]["data"]["params"][k] for k in ("size", "channels")}
             held_out = OpenMoji(**{**shape, **params, "split": "validation"})
             asked = captions.draw(
                 model, [c[0] for c in held_out.captions], args.batch_size, args.seed + len(prompts), knobs
@@ -84,14 +118,46 @@ def evaluate(args: argparse.Namespace) -> None:
             result["captions"] = captions.captioning(model, data)
     result |= {"run": info["checkpoint"], "sha256": info["sha256"], "weights": weights, "seed": args.seed, **knobs}
     result |= generate.versions()
-    if not args.quiet:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if args.picture:
         chosen = drawn[:: max(1, len(drawn) // 100)][:100]
         generate.save_png(generate.pictures(image_grid(chosen, nrow=10)[None], args.run)[0], Path(args.picture), result)
+    return result
+
+
+def over_time(args: argparse.Namespace) -> dict[str, Any]:
+    """Fidelity at every checkpoint; the chart and the rows of samples are written."""
+    import torch
+
+    from ldm import checkpoint, generate
+    from ldm.evaluation import captions
+    from ldm.util import UserError, image_grid
+
+    files = checkpoint.in_order_of_steps(args.run)
+    if len(files) < 2:
+        raise UserError(
+            f"{args.run} holds {len(files)} checkpoint, expected several: train with lightning.modelcheckpoint.params."
+            "every_n_train_steps=200 lightning.modelcheckpoint.params.save_top_k=-1 "
+            "lightning.modelcheckpoint.params.filename=at_{step}"
+        )
+    rows, samples = [], []
+    for file in files:
+        model, info, data, prompts, knobs = opened(args, file)
+        scope, weights = generate.weights_scope(model, args.weights)
+        with scope:
+            drawn = captions.draw(model, prompts, args.batch_size, args.seed, knobs)
+            found = captions.fidelity(model, drawn, prompts, data)
+        minutes = None if info["minutes"] is None else args.after + info["minutes"]
+        rows.append({"step": info["global_step"], "minutes": minutes, **found, "weights": weights})
+        samples.append(drawn[:: max(1, len(drawn) // 10)][:10])
+        print(f"step {rows[-1]['step']}: {found['top1_pixels']:.1%} right, {found['psnr']:.1f} dB", file=sys.stderr)
+    result = {"run": str(args.run), "seed": args.seed, **knobs, "checkpoints": rows, **generate.versions()}
+    target = Path(args.over_time)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    captions.chart(rows, target)
+    grid = image_grid(torch.cat(samples), nrow=len(samples[0]))
+    below = target.with_name(f"{target.stem}_samples.png")
+    generate.save_png(generate.pictures(grid[None], str(args.run))[0], below, result)
+    return result
 
 
 def trained_on(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -101,4 +167,4 @@ def trained_on(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    sys.exit(common.main(build_parser(), evaluate))
+    sys.exit(common.main(build_parser(), run))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.comparison import pyplot_without_window
 from ldm.data.openmoji import COLORS, OpenMoji, apart, main_hue
 from ldm.evaluation.reconstruction import of_each, reconstruct
 
@@ -137,3 +139,29 @@ def composition(drawn: Tensor, held_out: OpenMoji, everything: OpenMoji) -> dict
     wrong = [names[0] for names, ok in zip(held_out.captions, right, strict=True) if not ok]
     share, obj, color = (float(v.mean()) for v in (right, objects, colors))
     return {"share": share, "object": obj, "color": color, "n": len(right), "wrong": wrong}
+
+
+def chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Figures of `fidelity` with "step" and "minutes" of training: top-1 and PSNR against the minutes.
+
+    Against the steps where a checkpoint does not say its minutes.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    pyplot = pyplot_without_window()
+    timed = all(r["minutes"] is not None for r in rows)
+    x = [r["minutes" if timed else "step"] for r in rows]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+    for key, label in (("top1_pixels", "by pixels"), ("top1_latents", "by latents")):
+        left.plot(x, [100 * r[key] for r in rows], "o-", label=label)
+    left.set(ylabel="captions that give their drawing (%)", ylim=(0, 101))
+    left.legend(loc="lower right")
+    right.plot(x, [r["psnr"] for r in rows], "o-", color="tab:green")
+    right.set(ylabel="PSNR to the drawing (dB)")
+    for axes in (left, right):
+        axes.set(xlabel="minutes of training" if timed else "steps")
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

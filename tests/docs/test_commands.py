@@ -30,6 +30,7 @@ RUNS = {
     "classifier_run": "configs/classifier/resnet_digits.yaml",
     "vae_run": "configs/autoencoder/vae_digits.yaml",
     "first_stage_run": "configs/autoencoder/openmoji_kl.yaml",
+    "txt2img_run": "configs/latent-diffusion/openmoji_demo.yaml",
     "first_run": "configs/autoencoder/kl_digits.yaml",
     "latent_run": "configs/latent-diffusion/digits_class.yaml",
     "folder_run": "configs/autoencoder/kl_folder.yaml",
@@ -43,9 +44,12 @@ RUNS = {
 DIFFUSION = {name for name, config in RUNS.items() if "diffusion/" in config}
 # the run that another one starts from
 FIRST_STAGE = {"latent_run": "first_run", "dalle_run": "vq_run", "cogview_run": "vq_run"}
+# every checkpoint is kept, for its curve
+KEEP = ("every_n_train_steps=1", "save_top_k=-1", "filename=at_{step}")
+KEPT = {"txt2img_run": [f"lightning.modelcheckpoint.params.{k}" for k in KEEP]}
 # what makes a network or an evaluation small: key of a YAML -> value
 SMALL = {"model_channels": 32, "num_res_blocks": 1, "iwae_samples": 1, "ch": 32, "batch_size": 4, "channel_max": 16}
-SMALL |= {"n_layer": 1, "n_head": 2, "n_embd": 32}
+SMALL |= {"n_layer": 1, "n_head": 2, "n_embd": 32, "num_head_channels": 16}
 # what makes a sampling command short: flag -> the most that is run
 SHORT = {"-n": 10, "--n_samples": 10, "--n-samples": 10, "--steps": 3, "--max_steps": 1, "--max_epochs": 1}
 SHORT |= {"--H": 32, "--W": 32}
@@ -76,6 +80,7 @@ class Things:
         if name not in self.runs:
             yaml = str(ROOT / RUNS[name])
             argv = ["-t", "-b", yaml, "-l", self.folder / name, "--max_steps", 2, "--no-test", *small([yaml])]
+            argv += KEPT.get(name, [])
             if "root: ???" in Path(yaml).read_text(encoding="utf-8"):
                 argv.append(f"data.params.root={self.pictures()}")
             if name in FIRST_STAGE:
