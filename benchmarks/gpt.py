@@ -5,6 +5,7 @@ AdamW over whole sequences. And how much a token at the end of a picture costs m
 
     python benchmarks/gpt.py                  (needs: pip install transformers)
     python benchmarks/gpt.py --layers 12 --width 768 --heads 12 --grid 32
+    python benchmarks/gpt.py --only flatness --attention row column row conv    (DALL-E's masks, which GPT-2 has not)
 """
 
 from __future__ import annotations
@@ -56,8 +57,10 @@ def generation(args: argparse.Namespace, ours: Transformer, theirs: torch.nn.Mod
     report(f"{n} tokens, batch {batch}", compare(sides, args.rounds), "ldm")
 
 
-def flatness(args: argparse.Namespace, ours: Transformer) -> None:
+def flatness(args: argparse.Namespace) -> None:
     """Time of the last 64 tokens over that of the first 64."""
+    length, masks = args.grid**2 + 1, {"attention": args.attention, "grid": [args.grid] * 2, "image_start": 1}
+    ours = Transformer(args.vocabulary + 1, length, args.layers, args.heads, args.width, tie_weights=True, **masks)
     n, ratios = args.grid**2, []
     for _ in range(args.rounds):
         times: list[float] = []
@@ -106,7 +109,8 @@ def main() -> None:
     add("--batch", type=int, default=4, help="sequences of a training step (4)")
     add("--rounds", type=int, default=5, help="measured rounds (5)")
     add("--threads", type=int, default=0, help="of PyTorch (its own choice)")
-    add("--only", choices=("generation", "training"), help="one of the two parts")
+    add("--attention", nargs="+", default=["full"], help="of the layers in turn, where only flatness is measured")
+    add("--only", choices=("generation", "flatness", "training"), help="one of the three parts")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -114,11 +118,12 @@ def main() -> None:
     ours, theirs = build(args)
     sizes = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (ours, theirs))
     print("parameters: {:.2f} M, transformers {:.2f} M".format(*sizes))
-    if args.only != "training":
+    if args.only in (None, "generation"):
         for batch in (1, 8):
             generation(args, ours, theirs, batch)
-        flatness(args, ours)
-    if args.only != "generation":
+    if args.only in (None, "flatness"):
+        flatness(args)
+    if args.only in (None, "training"):
         training(args, ours, theirs)
 
 

@@ -126,11 +126,13 @@ def generate(
             c, n = logits.chunk(2)
             logits = n + scale * (c - n)
         drawn = choose(logits, None if u is None else u[:, i], temperature, top_k, top_p)
-        tokens[:, i] = torch.where(known[:, i], tokens[:, i], drawn)
+        tokens[:, i] = drawn if primed is None else torch.where(known[:, i], tokens[:, i], drawn)
         if end is not None and bool((tokens[:, : i + 1] == end).any(1).all()):
             tokens[:, i + 1 :] = end
             break
-        new = tokens[:, i : i + 1].repeat(2 if guided else 1, 1) + first
+        new = tokens[:, i : i + 1] + first
+        if guided:
+            new = torch.cat([new, new])
         if callback is not None:
             callback(i + 1, tokens[:, : i + 1])
     return tokens

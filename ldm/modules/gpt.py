@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.modules.matmul import Linear, Packed, linear
 from ldm.modules.sequence import Layout
 
 POSITIONS = ("learned", "axial", "rotary")
@@ -55,7 +56,7 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the tokens that a model has seen, and each layer's q, k, v weights as one matrix.
+    """Keys and values of the tokens that a model has seen, and each layer's products, packed for many calls.
 
     Args:
         model: the transformer; its weights must not change while the cache is in use.
@@ -70,28 +71,26 @@ class Cache:
         self.room = [torch.zeros(shape, device=like.device, dtype=like.dtype) for _ in range(layers)]
         self.length = 0
         with torch.no_grad():
-            self.fused = [block.attn.fused() for block in model.blocks]
+            self.products = [block.products(batch) for block in model.blocks]
 
-    def extend(self, layer: int, k: Tensor, v: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Writes k, v [B, H, n, d] of new tokens; gives those of all tokens, or of the places `seen` [m] alone."""
-        end = self.length + k.shape[2]
+    def extend(self, layer: int, kv: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Writes k and v [2, B, H, n, d] of new tokens; gives those of all tokens, or of the places `seen` [m]."""
+        n = kv.shape[3]
         room = self.room[layer]
-        room[0, :, :, self.length : end] = k
-        room[1, :, :, self.length : end] = v
-        if seen is not None:
-            return room.index_select(3, seen).unbind(0)
-        return room[0, :, :, :end], room[1, :, :, :end]
+        room.narrow(3, self.length, n).copy_(kv)
+        k, v = (room.narrow(3, 0, self.length + n) if seen is None else room.index_select(3, seen)).unbind(0)
+        return k, v
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, n_embd: int, n_head: int, attn_pdrop: float, resid_pdrop: float, stable: bool) -> None:
         super().__init__()
         self.n_head, self.dropout, self.stable = n_head, attn_pdrop, stable
-        self.key = nn.Linear(n_embd, n_embd)
-        self.query = nn.Linear(n_embd, n_embd)
-        self.value = nn.Linear(n_embd, n_embd)
+        self.key = Linear(n_embd, n_embd)
+        self.query = Linear(n_embd, n_embd)
+        self.value = Linear(n_embd, n_embd)
         self.resid_drop = nn.Dropout(resid_pdrop)
-        self.proj = nn.Linear(n_embd, n_embd)
+        self.proj = Linear(n_embd, n_embd)
 
     def fused(self) -> tuple[Tensor, Tensor]:
         """Weight [3 n_embd, n_embd] and bias of query, key and value together: one product instead of three."""
@@ -112,22 +111,24 @@ class CausalSelfAttention(nn.Module):
         token sees.
         """
         B, n, C = x.shape
-        weight, bias = self.fused() if cache is None else cache.fused[layer]
-        q, k, v = F.linear(x, weight, bias).view(B, n, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        qkv = linear(x, *self.fused()) if cache is None else cache.products[layer]["qkv"](x)
+        qkv = qkv.view(B, n, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             seen = None
             if mask is not None and mask.ndim == 1:
                 seen, mask = mask, None
-            k, v = cache.extend(layer, k, v, seen)
+            k, v = cache.extend(layer, qkv[1:] if rotary is None else torch.stack([k, v]), seen)
         dropout = self.dropout if self.training else 0.0
         if self.stable:
             y = stable_attention(q, k, v, mask, dropout)
         else:
             causal = mask is None and n > 1
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        return self.resid_drop(self.proj(y.transpose(1, 2).reshape(B, n, C)))
+        y = y.transpose(1, 2).reshape(B, n, C)
+        return self.resid_drop(self.proj(y)) if cache is None else cache.products[layer]["proj"](y)
 
 
 class Block(nn.Module):
@@ -149,8 +150,18 @@ class Block(nn.Module):
         self.ln3, self.ln4 = (norm(n_embd), norm(n_embd)) if sandwich else (nn.Identity(), nn.Identity())
         self.attn = CausalSelfAttention(n_embd, n_head, attn_pdrop, resid_pdrop, stable)
         self.mlp = nn.Sequential(
-            nn.Linear(n_embd, 4 * n_embd), nn.GELU(), nn.Linear(4 * n_embd, n_embd), nn.Dropout(resid_pdrop)
+            Linear(n_embd, 4 * n_embd), nn.GELU(), Linear(4 * n_embd, n_embd), nn.Dropout(resid_pdrop)
         )
+
+    def products(self, rows: int) -> dict[str, Packed]:
+        """The block's four products for inputs of so many rows, as long as the weights do not change."""
+        up, _, down, _ = self.mlp
+        return {
+            "qkv": Packed(*self.attn.fused(), rows),
+            "proj": Packed(self.attn.proj.weight, self.attn.proj.bias, rows),
+            "up": Packed(up.weight, up.bias, rows, gelu=True),
+            "down": Packed(down.weight, down.bias, rows),
+        }
 
     def forward(
         self,
@@ -161,7 +172,10 @@ class Block(nn.Module):
         layer: int = 0,
     ) -> Tensor:
         x = x + self.ln3(self.attn(self.ln1(x), mask, rotary, cache, layer))
-        return x + self.ln4(self.mlp(self.ln2(x)))
+        if cache is None:
+            return x + self.ln4(self.mlp(self.ln2(x)))
+        products = cache.products[layer]
+        return x + self.ln4(products["down"](products["up"](self.ln2(x))))
 
 
 class Transformer(nn.Module):
@@ -348,7 +362,7 @@ class Transformer(nn.Module):
     def logits(self, features: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Vectors [..., n_embd] -> logits of the tokens start..stop, [..., stop - start]."""
         weight = self.tok_emb.weight if self.head is None else self.head.weight
-        return F.linear(features, weight if start == 0 and stop is None else weight[start:stop])
+        return linear(features, weight if start == 0 and stop is None else weight[start:stop])
 
     def forward(
         self, idx: Tensor, embeddings: Tensor | None = None, targets: Tensor | None = None

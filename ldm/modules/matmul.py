@@ -109,3 +109,28 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         return linear(x, self.weight, self.bias)
+
+
+class Packed:
+    """`F.linear` of a weight that does not change any more, and GELU of its result if asked for.
+
+    Where MKL is slow the weight is kept in oneDNN's own layout, which pays from the first row on.
+
+    Args:
+        weight, bias: [N, K], [N] or None.
+        rows: of the inputs that it will be called with most.
+        gelu: as torch's, exact.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int = 1, gelu: bool = False) -> None:
+        self.weight, self.bias, self.gelu, self.packed = weight.detach(), bias, gelu, None
+        if MKL_IS_SLOW and weight.dtype == torch.float32 and weight.device.type == "cpu" and is_plain():
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N], without gradient."""
+        if self.packed is not None and x.dtype == torch.float32 and is_plain():
+            after = ("gelu", [], "none") if self.gelu else ("none", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *after)
+        y = F.linear(x, self.weight, self.bias)
+        return F.gelu(y) if self.gelu else y

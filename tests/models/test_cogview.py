@@ -11,7 +11,7 @@ from tests.models.halves import fit, halves, text_model
 
 
 def test_cogview_draws_and_captions_with_one_network():
-    model = fit(text_model(CogView), 500)
+    model = fit(text_model(CogView), 800)
     pictures = halves()["image"].permute(0, 3, 1, 2)
     assert model.caption(pictures) == halves()["caption"]
     cond = model.condition(range(4), prompts=halves()["caption"])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules import matmul
-from ldm.modules.matmul import Linear, linear
+from ldm.modules.matmul import Linear, Packed, linear
 
 pytestmark = pytest.mark.smoke
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -114,3 +114,21 @@ def test_which_processor(monkeypatch, capability, vendor, slow):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(matmul, "cpu_vendor", lambda: vendor)
     assert matmul.mkl_is_slow.__wrapped__() is (slow and HAS_ONEDNN)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+@pytest.mark.parametrize("gelu", [True, False])
+@pytest.mark.parametrize("shape", [(1, 40), (3, 1, 40), (2, 9, 40)])
+def test_packed_weights_give_the_same(monkeypatch, slow, gelu, shape):
+    monkeypatch.setattr(matmul, "MKL_IS_SLOW", slow and HAS_ONEDNN)
+    x, w, b = (t.detach() for t in tensors(*shape))
+    packed = Packed(w, b, rows=shape[0], gelu=gelu)
+    assert (packed.packed is not None) == (slow and HAS_ONEDNN)
+    want = F.linear(x.double(), w.double(), b.double())
+    want = (F.gelu(want) if gelu else want).float()
+    torch.testing.assert_close(packed(x), want, rtol=1e-5, atol=1e-5)
+    assert Packed(w, None)(x).shape == want.shape
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert packed(x).dtype == torch.bfloat16
+    doubled = Packed(w.double(), b.double(), gelu=gelu)
+    assert doubled.packed is None and doubled(x.double()).dtype == torch.float64
