@@ -78,8 +78,7 @@ def opened(args: argparse.Namespace, path: str | Path) -> tuple[Any, dict[str, A
     params = trained_on(info["config"])
     if params is None or not hasattr(model, "first_stage_model"):
         raise UserError(f"{path} was not trained on ldm.data.builtin.OpenMoji over a first stage")
-    shape = {k: info["config"]["data"]["params"][k] for k in ("size", "channels")}
-    data = OpenMoji(**{**shape, **params, "split": "train"})
+    data = OpenMoji(**{**params, "split": "train"})
     prompts = sorted(c for names in data.captions for c in names)
     if args.n_samples is not None:
         prompts = prompts[:: max(1, len(prompts) // max(1, args.n_samples))][: args.n_samples]
@@ -97,7 +96,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from ldm.util import image_grid
 
     model, info, data, prompts, knobs = opened(args, args.run)
-    params = trained_on(info["config"])
+    params = trained_on(info["config"]) or {}
     began = time.perf_counter()
     scope, weights = generate.weights_scope(model, args.weights)
     with scope:
@@ -107,12 +106,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         result["fidelity"] = captions.fidelity(model, drawn, prompts, data)
         result["fidelity"]["seconds_per_picture"] = seconds / len(prompts)
         if params.get("colors"):
-            shape = {k: info["config"]["data"]["params"][k] for k in ("size", "channels")}
-            held_out = OpenMoji(**{**shape, **params, "split": "validation"})
+            held_out = OpenMoji(**{**params, "split": "validation"})
             asked = captions.draw(
                 model, [c[0] for c in held_out.captions], args.batch_size, args.seed + len(prompts), knobs
             )
-            everything = OpenMoji(**{**shape, **params, "split": "all"})
+            everything = OpenMoji(**{**params, "split": "all"})
             result["composition"] = captions.composition(asked, held_out, everything)
         if hasattr(model, "caption"):
             result["captions"] = captions.captioning(model, data)
@@ -161,9 +159,12 @@ def over_time(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def trained_on(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The parameters of the training set if that is OpenMoji."""
-    train = ((config.get("data") or {}).get("params") or {}).get("train") or {}
-    return dict(train.get("params") or {}) if str(train.get("target", "")).endswith("OpenMoji") else None
+    """The parameters of the training set, size and channels included, if that is OpenMoji."""
+    data = (config.get("data") or {}).get("params") or {}
+    train = data.get("train") or {}
+    if not str(train.get("target", "")).endswith("OpenMoji"):
+        return None
+    return {**{k: data[k] for k in ("size", "channels") if k in data}, **(train.get("params") or {})}
 
 
 if __name__ == "__main__":
