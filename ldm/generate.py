@@ -216,7 +216,7 @@ def save_png(picture: Image.Image, path: Path, settings: dict[str, Any]) -> None
     text = PngImagePlugin.PngInfo()
     text.add_itxt(CHUNK, json.dumps(settings, ensure_ascii=False))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # two processes may write the same picture
     try:
         picture.save(temporary, format="PNG", pnginfo=text)
         os.replace(temporary, path)

@@ -124,19 +124,22 @@ class Plan:
 
 
 class Drawing(pl.LightningModule):
-    """Draws the missing pictures of a plan; each process takes every world_size-th batch."""
+    """Draws the missing pictures of a plan; each process takes every world_size-th batch.
 
-    def __init__(self, plan: Plan) -> None:
+    Args:
+        missing: the batches, listed before any process draws: each must share out the same list.
+    """
+
+    def __init__(self, plan: Plan, missing: list[list[int]]) -> None:
         super().__init__()
-        self.plan, self.recipe = plan, plan.model
+        self.plan, self.recipe, self.missing = plan, plan.model, missing
         self.seconds, self.calls, self.batches, self.drawn = 0.0, 0, 0, 0
         self._writer = ThreadPoolExecutor(1)  # files are written while the next batch is drawn
         self._written: list[Future] = []
 
     def predict_dataloader(self) -> DataLoader:
-        missing = self.plan.missing()
         # a process without a batch would not take part: it draws the first one too
-        batches = missing[self.trainer.global_rank :: self.trainer.world_size] or missing[:1]
+        batches = self.missing[self.trainer.global_rank :: self.trainer.world_size] or self.missing[:1]
         self._bar = tqdm(total=len(batches), desc="drawing", unit="batch", disable=not self.trainer.is_global_zero)
         return DataLoader(batches, batch_size=None, collate_fn=None)
 
@@ -179,6 +182,7 @@ class Drawing(pl.LightningModule):
         for hook in self._hooks:
             hook.remove()
         self.seconds = time.perf_counter() - self._started
+        self.trainer.strategy.barrier()  # who measures must find the other processes' pictures, too
 
 
 def draw(plan: Plan, trainer: dict[str, Any], device: str = "auto") -> bool:
@@ -190,7 +194,8 @@ def draw(plan: Plan, trainer: dict[str, Any], device: str = "auto") -> bool:
 
     The cost of what was drawn is in `<folder>/cost.json`: seconds and network calls a picture, peak memory.
     """
-    if not plan.missing():
+    missing = plan.missing()
+    if not missing:
         return True
     options = {"accelerator": generate.pick_device(device).type, "devices": 1, **trainer}
     if options["accelerator"] == "cuda":
@@ -199,7 +204,7 @@ def draw(plan: Plan, trainer: dict[str, Any], device: str = "auto") -> bool:
     runner = pl.Trainer(
         **{**quiet, "enable_model_summary": False, "use_distributed_sampler": False, "barebones": False, **options}
     )
-    module = Drawing(plan)
+    module = Drawing(plan, missing)
     plan.folder.mkdir(parents=True, exist_ok=True)
     with plan.scope:
         runner.predict(module, return_predictions=False)

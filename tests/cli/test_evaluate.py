@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm.evaluation.features import MODELS
 from scripts import common, evaluate
-from tests.cli.tools import QUICK, config, finish, only_run, run_main, start
+from tests.cli.tools import QUICK, ROOT, config, finish, only_run, run_main, start
 
 TINY = ["model.params.unet_config.params.num_res_blocks=1", "model.params.unet_config.params.channel_mult=[1,1]"]
 TINY += [
@@ -80,11 +80,34 @@ def test_classes_are_asked_for_as_often_as_the_data_has_them(run, tmp_path, monk
     assert (np.bincount(asked, minlength=10) == 2).all()  # the digits are as good as balanced
 
 
-def test_two_processes_draw_what_one_draws(run, tmp_path, monkeypatch):
+# scripts/evaluate.py with one process that is behind the other: before it asks what it shall draw, and at each picture
+UNEQUAL = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from ldm.evaluation.sampling import Drawing
+from scripts import common, evaluate
+
+def late(method):
+    def call(self, *args):
+        if os.environ.get("LOCAL_RANK", "0") == {behind!r}:
+            time.sleep(0.3)
+        return method(self, *args)
+    return call
+
+Drawing.predict_dataloader = late(Drawing.predict_dataloader)
+Drawing._save = late(Drawing._save)
+if __name__ == "__main__":
+    sys.exit(common.main(evaluate.build_parser(), evaluate.measure))
+"""
+
+
+@pytest.mark.parametrize("behind", ["0", "1"])
+def test_two_processes_draw_what_one_draws(run, tmp_path, monkeypatch, behind):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums round by the number of threads, which two processes share
     flags = ["trainer.accelerator=cpu", "trainer.strategy=ddp", "trainer.devices=2"]
     argv = arguments(run, tmp_path / "two", "--metrics", "fid", *flags, n=40)
-    code, out = finish(start("scripts/evaluate.py", *argv))
+    (tmp_path / "unequal.py").write_text(UNEQUAL.format(root=str(ROOT), behind=behind))
+    code, out = finish(start(tmp_path / "unequal.py", *argv))
     assert code == 0, out
     code, one = finish(start("scripts/evaluate.py", *arguments(run, tmp_path / "one", "--metrics", "fid", n=40)))
     assert code == 0, one
