@@ -7,6 +7,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,26 @@ from torch import nn
 from ldm.published import Figure, gflops, parameters
 from ldm.util import UserError
 
+LOSS, ACCURACY = "train/loss", ("val/acc1_ema", "val/acc1")  # of the curves; the first accuracy that there is
 ROUNDS, BATCH = 3, 64  # of the timing
 
 
 def measure(path: str | Path, timed: bool = True) -> Figure:
     """The row of one run: last epoch's top-1 with the weights that the run would be used with.
 
+    Args:
+        path: run directory, checkpoint, or a file that `keep` wrote.
+        timed: pass pictures through the network for its images per second.
+
     Raises:
         UserError: no run of a classifier.
     """
     from ldm.recognition import open_run
 
+    if is_kept(path):
+        return kept(path)[0]
     reader = open_run(path)
-    run = Path(path) if Path(path).is_dir() else Path(path).parent.parent
+    run = run_of(Path(path))
     net, fit = reader.model.model, reader.fit
     assert fit.size is not None
     x = torch.zeros(2, fit.channels, *fit.size)
@@ -37,8 +45,57 @@ def measure(path: str | Path, timed: bool = True) -> Figure:
     return Figure(label_of(run), parameters(net), gflops(net, x), top1, source, rate, minutes)
 
 
+def run_of(path: Path) -> Path:
+    """The directory of a run or of a checkpoint."""
+    return path if path.is_dir() else path.parent.parent
+
+
+# --- kept rows --------------------------------------------------------------------------------------------------------
+
+
+def is_kept(path: str | Path) -> bool:
+    """Whether this is a row's file rather than a run."""
+    return Path(path).suffix == ".json"
+
+
+def keep(figure: Figure, run: Path, folder: Path) -> Path:
+    """Writes the row of a run with its curves as `folder`/<label>.json, to be compared when the run is gone."""
+    columns = columns_of(run)
+    found = {LOSS: _smooth(columns.get(LOSS, [])), **{name: columns.get(name, []) for name in ACCURACY}}
+    row = {**asdict(figure), "curves": {name: [[s, round(v, 6)] for s, v in p] for name, p in found.items() if p}}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{figure.label}.json"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    return path
+
+
+def kept(path: str | Path) -> tuple[Figure, dict[str, list[tuple[int, float]]]]:
+    """The row and the curves that `keep` wrote.
+
+    Raises:
+        UserError: no such file.
+    """
+    try:
+        row = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = {name: [(s, v) for s, v in points] for name, points in row.pop("curves").items()}
+        return Figure(**row), found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: expected a row that compare_classifiers.py --keep wrote ({e})") from e
+
+
+def columns_of(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """What was logged, by name: [(step, value)]."""
+    return kept(run)[1] if is_kept(run) else _columns(run_of(run) / "metrics.csv")
+
+
+# --- measured ---------------------------------------------------------------------------------------------------------
+
+
 def label_of(run: Path) -> str:
     """The run's name without its date."""
+    if is_kept(run):
+        return run.stem
+    run = run_of(run)
     return run.resolve().name.partition("_")[2] or run.resolve().name
 
 
@@ -95,22 +152,27 @@ def curves(runs: Sequence[str | Path], path: Path) -> bool:
     """Loss of the training (smoothed) and accuracy of the validation by step, a line for each run; False if no run has
     them."""
     pyplot = pyplot_without_window()
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4))
+    many = len(runs) > 10  # colours that one can tell apart, and names that hide no line
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.2) if many else (11, 4.4))
+    for axis in axes:
+        axis.set_prop_cycle(color=pyplot.get_cmap("tab20" if many else "tab10").colors)
     drawn = 0
     for run in map(Path, runs):
-        columns = _columns(run / "metrics.csv")
-        accuracy = next((c for c in ("val/acc1_ema", "val/acc1") if columns.get(c)), "val/acc1")
-        for axis, name in zip(axes, ("train/loss", accuracy), strict=True):
+        columns = columns_of(run)
+        accuracy = next((c for c in ACCURACY if columns.get(c)), ACCURACY[-1])
+        for axis, name in zip(axes, (LOSS, accuracy), strict=True):
             points = columns.get(name, [])
             if points:
                 drawn += 1
-                steps, values = zip(*(_smooth(points) if name == "train/loss" else points), strict=True)
+                steps, values = zip(*(_smooth(points) if name == LOSS else points), strict=True)
                 axis.plot(steps, values, label=label_of(run), marker="." if len(steps) < 40 else None)
     for axis, name in zip(axes, ("training loss", "validation accuracy"), strict=True):
         axis.set(xlabel="step", title=name)
         axis.grid(alpha=0.3)
-        if axis.lines:
+        if axis.lines and not many:
             axis.legend(fontsize=8)
+    if many and axes[1].lines:
+        axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     if drawn:
         figure.savefig(path, dpi=100)

@@ -16,7 +16,7 @@ from ldm.util import UserError, accepted_params, get_obj_from_str
 WEIGHTS, CONFIG, FIRST_STAGE = "model.safetensors", "config.yaml", "first_stage"
 STAGE = "first_stage_model."
 TRAINING = ("scheduler_config", "optimizer_config", "ema_decay", "monitor", "cache_latents", "use_ema")
-TRAINING += ("discriminator_config", "augment", "augment_params")
+TRAINING += ("discriminator_config", "augment", "augment_params", "augment_config", "label_smoothing", "test_views")
 
 
 def release(

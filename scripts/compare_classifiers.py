@@ -1,6 +1,7 @@
 """Draws accuracy against operations and parameters, the chart by which networks are compared.
 
 python scripts/compare_classifiers.py logs/<classifier_run>
+python scripts/compare_classifiers.py logs/<classifier_run> results/cifar10/*.json    (beside the project's own runs)
 python scripts/compare_classifiers.py              (no runs: published figures of all networks on ImageNet)
 """
 
@@ -24,9 +25,15 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="run directories (logs/*); those of other models are left out")
+    add(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="run directories (logs/*), or rows kept of some; other models' are left out",
+    )
     add("--outdir", default="outputs/compare", help="where charts and table go (default: outputs/compare)")
     add("--title", help="of the chart")
+    add("--keep", metavar="FOLDER", help="write each run's row and curves there as JSON, to be named like a run")
     add("--no-speed", action="store_true", help="do not time the networks")
     return parser
 
@@ -34,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
 def compare(args: argparse.Namespace) -> None:
     from ldm import comparison
 
-    figures = of_runs(args.runs, not args.no_speed) if args.runs else of_papers()
+    found = of_runs(args.runs, not args.no_speed) if args.runs else of_papers()
+    figures = list(found.values())
     title = args.title or ("Runs compared" if args.runs else "Published top-1 on ImageNet (one crop)")
     outdir = Path(args.outdir)
     outdir.mkdir(parents=True, exist_ok=True)
@@ -42,28 +50,33 @@ def compare(args: argparse.Namespace) -> None:
     (outdir / "table.md").write_text(f"# {title}\n\n{text}", encoding="utf-8")
     comparison.chart(figures, outdir / "chart.png", title)
     written = [outdir / "chart.png", outdir / "table.md"]
-    if args.runs and comparison.curves(args.runs, outdir / "curves.png"):
+    if args.runs and comparison.curves(list(found), outdir / "curves.png"):
         written.append(outdir / "curves.png")
+    if args.runs and args.keep:
+        rows = [(f, Path(run)) for run, f in found.items() if not comparison.is_kept(run)]
+        written += [comparison.keep(f, run, Path(args.keep)) for f, run in rows]
     print(text + "\n" + ", ".join(map(str, written)))
 
 
-def of_papers() -> Any:
+def of_papers() -> dict[str, Any]:
+    """Name -> row."""
     from ldm.published import published
 
     print("no runs given: published figures", file=sys.stderr)
-    return published()
+    return {f.label: f for f in published()}
 
 
-def of_runs(runs: list[str], timed: bool) -> Any:
+def of_runs(runs: list[str], timed: bool) -> dict[str, Any]:
+    """Run -> row, of those that are a classifier's."""
     from tqdm import tqdm
 
     from ldm import comparison
     from ldm.util import UserError
 
-    figures, left_out = [], []
+    figures, left_out = {}, []
     for run in tqdm(runs, desc="runs", unit="run", leave=False):
         try:
-            figures.append(comparison.measure(run, timed))
+            figures[run] = comparison.measure(run, timed)
         except UserError as e:
             left_out.append(str(e))
     for why in left_out:

@@ -179,9 +179,12 @@ def color_pairs(pictures: Mapping[str, np.ndarray], emoji: Sequence[str]) -> lis
 # --- data set ---------------------------------------------------------------------------------------------------------
 
 
+LABELS = ("group", "drawing")
+
+
 class OpenMoji(ArrayDataset):
     """Drawings with captions. Batches hold `image` float32 [B, size, size, channels] in [-1, 1] (white background),
-    `caption` list[str] (one of each drawing's captions, at random in training) and `class_label` int64 [B] (its group).
+    `caption` list[str] (one of each drawing's captions, at random in training), `class_label` int64 [B] (see `labels`).
 
     Args:
         split: train; validation (pairs of colour and object that are not in train, so it needs `colors`); all.
@@ -192,6 +195,7 @@ class OpenMoji(ArrayDataset):
         flip_p: probability of a left-right flip.
         pad_crop: random shift by up to so many pixels.
         all_captions: False = each drawing's name only.
+        labels: group: a class for each of `groups`; drawing: one for each emoji of them, whatever its colour.
     """
 
     def __init__(
@@ -204,8 +208,11 @@ class OpenMoji(ArrayDataset):
         flip_p: float = 0.0,
         pad_crop: int = 0,
         all_captions: bool = True,
+        labels: str = "group",
     ) -> None:
         chosen = check_groups(groups)
+        if labels not in LABELS:
+            raise UserError(f"labels must be one of {', '.join(LABELS)}, got {labels!r}{suggest(str(labels), LABELS)}")
         if split not in SPLITS:
             raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}{suggest(split, SPLITS)}")
         if split == "validation" and not colors:
@@ -224,7 +231,11 @@ class OpenMoji(ArrayDataset):
         if not rows:
             raise UserError(f"groups {chosen}: nothing of split {split} is in them")
         images = resize_arrays(np.stack([r[1] for r in rows]), pixels, check_channels(channels))
-        super().__init__(images, np.array([r[2] for r in rows]), list(chosen), flip_p, pad_crop)
+        names, classes = list(chosen), np.array([r[2] for r in rows])
+        if labels == "drawing":
+            place = {e: i for i, e in enumerate(group_of)}
+            names, classes = [known[e][0] for e in group_of], np.array([place[r[3]] for r in rows])
+        super().__init__(images, classes, names, flip_p, pad_crop)
         self.captions = [r[0] if all_captions else r[0][:1] for r in rows]
         self.emoji = [r[3] for r in rows]
         self.train = split == "train"

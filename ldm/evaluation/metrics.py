@@ -48,10 +48,10 @@ def _agreement(e: Evaluation) -> dict[str, Any]:
 
 
 def _balance(e: Evaluation) -> dict[str, Any]:
-    shares = e.shares if e.shares is not None and len(e.shares) == e.logits.shape[1] else None
-    return quality.class_balance(
-        e.logits, np.full(e.logits.shape[1], 1 / e.logits.shape[1]) if shares is None else shares
-    )
+    classes = e.logits.shape[1]
+    if e.shares is not None and len(e.shares) != classes:
+        raise UserError(f"the classifier has {classes} classes, the data {len(e.shares)}: give --classifier RUN")
+    return quality.class_balance(e.logits, np.full(classes, 1 / classes) if e.shares is None else e.shares)
 
 
 def _inception(e: Evaluation) -> dict[str, Any]:
@@ -158,6 +158,13 @@ USUAL = {
 }
 
 
+def _knows_classes(e: Evaluation) -> bool:
+    """Whether the feature network tells the data's classes apart (OpenMoji's tells drawings apart, not groups)."""
+    if not isinstance(e.network, ClassifierFeatures):
+        return False
+    return e.shares is None or len(e.shares) == e.network.num_classes
+
+
 def choose(e: Evaluation) -> list[str]:
     """The metrics to measure.
 
@@ -166,7 +173,7 @@ def choose(e: Evaluation) -> list[str]:
     """
     if not e.request.metrics:
         chosen = [m for kind in USUAL if kind in e.kinds for m in USUAL[kind]]
-        if "generator" in e.kinds and (e.request.classifier or isinstance(e.network, ClassifierFeatures)):
+        if "generator" in e.kinds and (e.request.classifier or _knows_classes(e)):
             chosen += ["balance"] + ["agreement"] * (e.plan.conditional == "classes")
         return list(dict.fromkeys(chosen))
     for name in e.request.metrics:

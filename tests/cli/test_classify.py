@@ -157,6 +157,25 @@ def test_comparison_of_runs(run, call, tmp_path):
     assert row[5] == f"{100 * report['ema']['acc1']:.2f}" and row[6].startswith("test, epoch ")
 
 
+def test_a_kept_row_stands_for_its_run(run, call, tmp_path):
+    code, out, err = call("compare_classifiers", run, "--outdir", tmp_path / "a", "--keep", tmp_path / "rows")
+    assert code == 0, err
+    file = tmp_path / "rows/resnet_digits.json"
+    assert str(file) in out
+    code, again, err = call("compare_classifiers", file, "--outdir", tmp_path / "b")
+    assert code == 0, err
+    tables = [(tmp_path / n / "table.md").read_text() for n in "ab"]
+    assert tables[0] == tables[1] and tables[1].partition("\n\n")[2] in again
+    curves = json.loads(file.read_text())["curves"]
+    assert 2 <= len(curves["train/loss"]) <= 61 and all(0 <= v <= 1 for _, v in curves["val/acc1_ema"])
+    pictures = [np.asarray(Image.open(tmp_path / n / "curves.png")) for n in "ab"]
+    difference = np.abs(pictures[0].astype(int) - pictures[1])
+    assert difference.max() < 16  # kept with six digits: no line is elsewhere
+    file.write_text("{}")
+    code, _, err = call("compare_classifiers", file, run, "--outdir", tmp_path / "c")
+    assert code == 0 and f"left out: {file}: expected a row that compare_classifiers.py --keep wrote" in err
+
+
 def test_no_run_is_a_classifier_s(call, tmp_path):
     code, _, err = call("compare_classifiers", tmp_path, "--outdir", tmp_path / "out")
     assert code == 2 and "none of 1 runs is a classifier's" in err

@@ -1,6 +1,7 @@
 """Feature networks: in evaluation mode whatever was done to them, equal to torch-fidelity's way, named when missing."""
 
 import hashlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch_fidelity import calculate_metrics, register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from ldm.data.builtin import Digits
-from ldm.evaluation import distances, features
+from ldm.evaluation import distances, features, metrics
 from ldm.evaluation.pictures import of_folder
 from ldm.evaluation.store import features_of
 from ldm.util import UserError
@@ -89,6 +90,15 @@ def test_features_do_not_depend_on_the_batch_nor_on_training_mode(network):
     assert fid(wrong.numpy(), f.numpy()) > 0.5  # so the mistake would be seen
     restored = features.find_features("digits")  # the running statistics were moved
     network.model.load_state_dict(restored.model.state_dict())
+
+
+def test_balance_needs_a_reader_of_the_data_s_classes(network):
+    e = SimpleNamespace(network=network, shares=np.full(3, 1 / 3), logits=np.zeros((5, 10)))
+    assert not metrics._knows_classes(e)
+    with pytest.raises(UserError, match="the classifier has 10 classes, the data 3: give --classifier RUN"):
+        metrics._balance(e)
+    e.shares = np.full(10, 0.1)
+    assert metrics._knows_classes(e) and metrics._balance(e)
 
 
 def test_colour_and_size_are_the_loader_s(network):
