@@ -147,19 +147,24 @@ def rows_of(entry: dict[str, Any], args: argparse.Namespace) -> list[dict[str, A
     from ldm.generate import knobs_of, load_run
 
     model, info = load_run(entry["run"])
-    entry["classes"] = bool(getattr(model, "num_classes", None)) and _reads_classes(info["config"], args.features)
+    classes = getattr(model, "num_classes", None)
+    entry["classes"] = bool(classes) and _reads_classes(info["config"], args.features, classes)
     most = getattr(model, "num_timesteps", None)
     steps = sorted({min(s, most or s) for s in args.steps}) if "steps" in knobs_of(model) else [None]
     del model
     return [measured(entry, args, s) for s in steps]
 
 
-def _reads_classes(config: dict[str, Any], features: str | None) -> bool:
+def _reads_classes(config: dict[str, Any], features: str | None, classes: int) -> bool:
     """Whether the features come from a classifier of the run's classes."""
-    from ldm.evaluation.features import shipped
+    from ldm.config import load_yaml
+    from ldm.evaluation.features import MODELS, shipped
 
     train = ((config.get("data") or {}).get("params") or {}).get("train") or {}
-    return bool(shipped(train.get("target"))) and features in (None, shipped(train.get("target")))
+    name = shipped(train.get("target"))
+    if name is None or features not in (None, name):
+        return False
+    return len(load_yaml(MODELS / "classifier" / name / "config.yaml").class_names) == classes
 
 
 def compare(args: argparse.Namespace) -> None:
