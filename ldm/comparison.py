@@ -132,14 +132,14 @@ def images_per_second(net: nn.Module, x: torch.Tensor) -> float:
 def markdown(figures: Sequence[Figure]) -> str:
     """The table, the most accurate first."""
     ordered = sorted(figures, key=lambda f: -(f.top1 or 0))
-    timed = any(f.rate for f in figures)
-    head = ["network", "parameters (M)", "GFLOPs", *(["images/s", "minutes"] if timed else []), "top-1 (%)", "of"]
+    timed, trained = any(f.rate for f in figures), any(f.minutes for f in figures)
+    more = ["images/s"] * timed + ["minutes"] * trained
+    head = ["network", "parameters (M)", "GFLOPs", *more, "top-1 (%)", "of"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for f in ordered:
         cells = [f.label, f"{f.params / 1e6:.2f}", f"{f.gflops:.3g}"]
-        cells += (
-            [_number(f.rate, ".0f"), _number(f.minutes, ".1f" if (f.minutes or 0) >= 1 else ".2g")] if timed else []
-        )
+        cells += [_number(f.rate, ".0f")] * timed
+        cells += [_number(f.minutes, ".1f" if (f.minutes or 0) >= 1 else ".2g")] * trained
         lines.append("| " + " | ".join([*cells, _number(f.top1, ".2f"), f.source]) + " |")
     return "\n".join(lines) + "\n"
 

@@ -162,6 +162,8 @@ def test_a_kept_row_stands_for_its_run(run, call, tmp_path):
     assert code == 0, err
     file = tmp_path / "rows/resnet_digits.json"
     assert str(file) in out
+    code, untimed, err = call("compare_classifiers", run, "--outdir", tmp_path / "d", "--no-speed")
+    assert code == 0 and "| GFLOPs | minutes | top-1 (%) |" in untimed, err
     code, again, err = call("compare_classifiers", file, "--outdir", tmp_path / "b")
     assert code == 0, err
     tables = [(tmp_path / n / "table.md").read_text() for n in "ab"]
