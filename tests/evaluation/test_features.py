@@ -10,7 +10,7 @@ from PIL import Image
 from torch_fidelity import calculate_metrics, register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from ldm.data.builtin import Digits
+from ldm.data.builtin import Digits, OpenMoji
 from ldm.evaluation import distances, features, metrics
 from ldm.evaluation.pictures import of_folder
 from ldm.evaluation.store import features_of
@@ -72,6 +72,26 @@ def test_the_shipped_classifier_reads_digits(network):
     files = [p for p in (features.MODELS / "classifier/digits").iterdir()]
     assert {p.name for p in files} >= {"model.safetensors", "config.yaml", "README.md"}
     assert sum(p.stat().st_size for p in files) < 2e6
+
+
+@pytest.mark.smoke
+def test_the_shipped_classifier_tells_drawings_apart():
+    data = OpenMoji(colors=True, labels="drawing")
+    network = features.find_features(None, "ldm.data.openmoji.OpenMoji")
+    assert network.name == "openmoji" and network.class_names == data.class_names
+    at = torch.arange(0, len(data), 5)
+    x = data.images[at].permute(0, 3, 1, 2)
+    f, logits = network(x)
+    assert f.shape == (len(at), 96) and (logits.argmax(1) == data.labels[at]).float().mean() > 0.85
+    held_out = OpenMoji("validation", colors=True, labels="drawing")
+    _, logits = network(held_out.images.permute(0, 3, 1, 2))
+    assert (logits.argmax(1) == held_out.labels).float().mean() > 0.9
+    distances_of_blur = []
+    for side in (32, 24, 16):
+        blurred = torch.nn.functional.interpolate(x.float(), side, mode="bicubic", antialias=True)
+        blurred = torch.nn.functional.interpolate(blurred, 64, mode="bicubic").clamp(0, 255).byte()
+        distances_of_blur.append(fid(network(blurred)[0].numpy(), f.numpy()))
+    assert distances_of_blur[0] > 5 and distances_of_blur == sorted(distances_of_blur)
 
 
 def test_features_do_not_depend_on_the_batch_nor_on_training_mode(network):

@@ -89,6 +89,18 @@ def test_something_else_than_a_transform():
         classifier(augment_config=[{"target": V2 + "MixUp", "params": {"alhpa": 1.0}}])
 
 
+def test_noise_of_a_random_strength():
+    noise = augment.RandomNoise(0.1)
+    torch.manual_seed(0)
+    deviations = torch.stack([(noise(torch.full((3, 32, 32), 0.5)) - 0.5).std() for _ in range(300)])
+    assert 0 <= deviations.min() < 0.003 and 0.097 < deviations.max() < 0.105
+    assert deviations.mean() == pytest.approx(0.05, abs=0.005)  # uniform between both
+    x = noise(torch.ones(3, 32, 32))
+    assert x.max() <= 1 and x.min() >= 0
+    with pytest.raises(ValueError, match="got sigma=0, expected a number above 0"):
+        augment.RandomNoise(0)
+
+
 # --- views ------------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,26 @@ from torchvision.transforms import v2
 
 MIXERS = (v2.MixUp, v2.CutMix)
 VIEWS = ("none", "flip", "flip+shift")
+
+
+class RandomNoise(v2.Transform):
+    """Gaussian noise of a strength that is drawn for each image, so that clean ones are among them.
+
+    Args:
+        sigma: the largest deviation, of values in [0, 1].
+    """
+
+    def __init__(self, sigma: float) -> None:
+        super().__init__()
+        if sigma <= 0:
+            raise ValueError(f"got sigma={sigma}, expected a number above 0")
+        self.sigma = sigma
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"sigma": float(torch.rand(())) * self.sigma}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return v2.functional.gaussian_noise(inpt, 0.0, params["sigma"], clip=True)
 
 
 class Augment(nn.Module):
