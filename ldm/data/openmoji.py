@@ -179,12 +179,12 @@ def color_pairs(pictures: Mapping[str, np.ndarray], emoji: Sequence[str]) -> lis
 # --- data set ---------------------------------------------------------------------------------------------------------
 
 
-LABELS = ("group", "drawing")
+CLASSES = ("group", "drawing")
 
 
 class OpenMoji(ArrayDataset):
     """Drawings with captions. Batches hold `image` float32 [B, size, size, channels] in [-1, 1] (white background),
-    `caption` list[str] (one of each drawing's captions, at random in training), `class_label` int64 [B] (see `labels`).
+    `caption` list[str] (one of each drawing's, at random in training), `class_label` int64 [B] (see `classes`).
 
     Args:
         split: train; validation (pairs of colour and object that are not in train, so it needs `colors`); all.
@@ -195,7 +195,7 @@ class OpenMoji(ArrayDataset):
         flip_p: probability of a left-right flip.
         pad_crop: random shift by up to so many pixels.
         all_captions: False = each drawing's name only.
-        labels: group: a class for each of `groups`; drawing: one for each emoji of them, whatever its colour.
+        classes: group: a class for each of `groups`; drawing: one for each emoji of them, whatever its colour.
     """
 
     def __init__(
@@ -208,11 +208,12 @@ class OpenMoji(ArrayDataset):
         flip_p: float = 0.0,
         pad_crop: int = 0,
         all_captions: bool = True,
-        labels: str = "group",
+        classes: str = "group",
     ) -> None:
         chosen = check_groups(groups)
-        if labels not in LABELS:
-            raise UserError(f"labels must be one of {', '.join(LABELS)}, got {labels!r}{suggest(str(labels), LABELS)}")
+        if classes not in CLASSES:
+            known = ", ".join(CLASSES)
+            raise UserError(f"classes must be one of {known}, got {classes!r}{suggest(str(classes), CLASSES)}")
         if split not in SPLITS:
             raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}{suggest(split, SPLITS)}")
         if split == "validation" and not colors:
@@ -231,11 +232,11 @@ class OpenMoji(ArrayDataset):
         if not rows:
             raise UserError(f"groups {chosen}: nothing of split {split} is in them")
         images = resize_arrays(np.stack([r[1] for r in rows]), pixels, check_channels(channels))
-        names, classes = list(chosen), np.array([r[2] for r in rows])
-        if labels == "drawing":
+        names, labels = list(chosen), np.array([r[2] for r in rows])
+        if classes == "drawing":
             place = {e: i for i, e in enumerate(group_of)}
-            names, classes = [known[e][0] for e in group_of], np.array([place[r[3]] for r in rows])
-        super().__init__(images, classes, names, flip_p, pad_crop)
+            names, labels = [known[e][0] for e in group_of], np.array([place[r[3]] for r in rows])
+        super().__init__(images, labels, names, flip_p, pad_crop)
         self.captions = [r[0] if all_captions else r[0][:1] for r in rows]
         self.emoji = [r[3] for r in rows]
         self.train = split == "train"

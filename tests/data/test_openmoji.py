@@ -96,7 +96,7 @@ def test_a_tenth_of_the_pairs_is_never_trained_on():
 
 def test_every_drawing_can_be_a_class_of_its_own():
     train, held_out = (
-        OpenMoji(s, groups="food", colors=True, labels="drawing", size=32) for s in ("train", "validation")
+        OpenMoji(s, groups="food", colors=True, classes="drawing", size=32) for s in ("train", "validation")
     )
     plain = OpenMoji(groups="food", size=32)
     assert train.class_names == held_out.class_names == [c[0] for c in plain.captions]
@@ -108,8 +108,10 @@ def test_every_drawing_can_be_a_class_of_its_own():
 def test_wrong_names_are_told():
     with pytest.raises(UserError, match=r"groups: got 'animal' \(did you mean animals\?\)"):
         OpenMoji(groups="animal")
-    with pytest.raises(UserError, match=r"labels must be one of group, drawing, got 'drawings' \(did you mean drawing"):
-        OpenMoji(labels="drawings")
+    with pytest.raises(
+        UserError, match=r"classes must be one of group, drawing, got 'drawings' \(did you mean drawing"
+    ):
+        OpenMoji(classes="drawings")
     with pytest.raises(UserError, match="set colors: true"):
         OpenMoji("validation")
     with pytest.raises(UserError, match="split must be one of train, validation, all, got 'test'"):

@@ -76,14 +76,14 @@ def test_the_shipped_classifier_reads_digits(network):
 
 @pytest.mark.smoke
 def test_the_shipped_classifier_tells_drawings_apart():
-    data = OpenMoji(colors=True, labels="drawing")
+    data = OpenMoji(colors=True, classes="drawing")
     network = features.find_features(None, "ldm.data.openmoji.OpenMoji")
     assert network.name == "openmoji" and network.class_names == data.class_names
     at = torch.arange(0, len(data), 5)
     x = data.images[at].permute(0, 3, 1, 2)
     f, logits = network(x)
     assert f.shape == (len(at), 96) and (logits.argmax(1) == data.labels[at]).float().mean() > 0.85
-    held_out = OpenMoji("validation", colors=True, labels="drawing")
+    held_out = OpenMoji("validation", colors=True, classes="drawing")
     _, logits = network(held_out.images.permute(0, 3, 1, 2))
     assert (logits.argmax(1) == held_out.labels).float().mean() > 0.9
     distances_of_blur = []
