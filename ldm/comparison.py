@@ -73,7 +73,7 @@ def kept(path: str | Path) -> tuple[Figure, dict[str, list[tuple[int, float]]]]:
     """The row and the curves that `keep` wrote.
 
     Raises:
-        UserError: no such file.
+        UserError: no such file, or something else in it.
     """
     try:
         row = json.loads(Path(path).read_text(encoding="utf-8"))
