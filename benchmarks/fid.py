@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import compare, report  # noqa: E402
 from ldm.evaluation.distances import frechet_distance, moments  # noqa: E402
-from ldm.evaluation.features import find_features  # noqa: E402
+from ldm.evaluation.features import find_features, fitted  # noqa: E402
 from ldm.evaluation.pictures import of_folder  # noqa: E402
 from ldm.evaluation.store import features_of  # noqa: E402
 
@@ -34,8 +35,23 @@ def write(folder: Path, n: int, seed: int) -> None:
         small.resize((32, 32), Image.Resampling.BICUBIC).save(folder / f"{i:05}.png")
 
 
-def theirs(places: list[Path], network: Any) -> float:
-    """torch-fidelity, with our network registered."""
+def plain(features: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same network as torch-fidelity's users would register it: the module as it is."""
+    network, seen = find_features(features), []
+    classifier = network.model.eval()
+    classifier.model.get_submodule(network.last).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+
+    @torch.no_grad()
+    def run(x: torch.Tensor) -> torch.Tensor:
+        seen.clear()
+        classifier(fitted(x, network.size, network.channels))
+        return seen.pop().flatten(1)
+
+    return run
+
+
+def theirs(places: list[Path], network: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """torch-fidelity, with that network registered."""
     from torch_fidelity import calculate_metrics, register_feature_extractor
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
@@ -53,7 +69,7 @@ def theirs(places: list[Path], network: Any) -> float:
             return "features"
 
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
-            return (network(x)[0],)
+            return (network(x),)
 
     if "ours" not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor("ours", Ours)
@@ -68,7 +84,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--features", default="digits")
     args = parser.parse_args()
-    network, found = find_features(args.features), {}
+    network, module, found = find_features(args.features), plain(args.features), {}
     with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder) / name for name in ("a", "b")]
         for seed, place in enumerate(places):
@@ -80,7 +96,7 @@ def main() -> None:
             found["ldm"] = frechet_distance(*both)
 
         def fidelity() -> None:
-            found["torch-fidelity"] = theirs(places, network)
+            found["torch-fidelity"] = theirs(places, module)
 
         seconds = compare({"ldm": ours, "torch-fidelity": fidelity}, args.rounds)
     assert abs(found["ldm"] / found["torch-fidelity"] - 1) < 1e-3, found

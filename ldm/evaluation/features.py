@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.data.base import LUMA
 from ldm.evaluation.distances import fidelity
+from ldm.evaluation.folding import folded
 from ldm.generate import load_run, weights_scope
 from ldm.util import UserError, suggest
 
@@ -79,12 +80,12 @@ class ClassifierFeatures(FeatureNetwork):
         self.model, info = load_run(run)
         if not hasattr(self.model, "num_classes") or hasattr(self.model, "sample"):
             raise UserError(f"{run} is a {type(self.model).__name__}: features need a classifier")
-        linear = [(n, m) for n, m in self.model.model.named_modules() if isinstance(m, nn.Linear)]
+        linear = [n for n, m in self.model.model.named_modules() if isinstance(m, nn.Linear)]
         if not linear:
             raise UserError(f"{run}: {type(self.model.model).__name__} has no linear layer to take features from")
-        self.layer = f"input of {linear[-1][0]}"
+        self.last, self.layer = linear[-1], f"input of {linear[-1]}"
+        self._network: nn.Module | None = None  # made of the first batch
         self._seen: list[Tensor] = []
-        linear[-1][1].register_forward_pre_hook(lambda _, inputs: self._seen.append(inputs[0]))
         params = (info["config"].get("data") or {}).get("params") or {}
         self.size, self.channels = params.get("size"), params.get("channels")
         self.name, self.sha256 = str(run), info["sha256"]
@@ -93,7 +94,7 @@ class ClassifierFeatures(FeatureNetwork):
 
     def to(self, device: torch.device | str) -> ClassifierFeatures:
         self.model.to(device)
-        self.device = torch.device(device)
+        self.device, self._network = torch.device(device), None
         return self
 
     def __call__(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,10 +105,14 @@ class ClassifierFeatures(FeatureNetwork):
 
     @torch.no_grad()
     def _run(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self.model.eval()  # batch statistics would make a picture's features depend on its batch
+        x = self.model.normalize(x).to(memory_format=torch.channels_last)
+        if self._network is None:
+            with weights_scope(self.model, None)[0]:
+                self._network = folded(self.model.model, x[:2])
+            self._network.get_submodule(self.last).register_forward_pre_hook(lambda _, seen: self._seen.append(seen[0]))
+        self._network.eval()  # batch statistics would make a picture's features depend on its batch
         self._seen.clear()
-        with weights_scope(self.model, None)[0]:
-            logits = self.model(x)
+        logits = self._network(x)
         return self._seen.pop().flatten(1).float().cpu(), logits.float().cpu()
 
 

@@ -166,7 +166,7 @@ class Classifier(BaseModel):
         """Lets a network that fits itself to the images see those of the first batch."""
         if self.global_step == 0 and hasattr(self.model, "fit_to"):
             x = self.get_input(batch, self.first_stage_key)
-            self.model.fit_to(self._normalize(self.trainer.strategy.broadcast(x)))
+            self.model.fit_to(self.normalize(self.trainer.strategy.broadcast(x)))
 
     def check_batch(self, batch: dict[str, Any]) -> None:
         """Raises UserError for labels that are missing or out of range, and for images too small for the network."""
@@ -201,12 +201,13 @@ class Classifier(BaseModel):
 
     # --- loss and metrics ---------------------------------------------------------------------------------------------
 
-    def _normalize(self, x: Tensor) -> Tensor:
+    def normalize(self, x: Tensor) -> Tensor:
+        """Pixels in [-1, 1] -> on the scale of the published weights, where the network has some."""
         return x * self.pixel_scale + self.pixel_shift if self.normalized else x
 
     def forward(self, x: Tensor) -> Any:
         """[B, C, H, W] in [-1, 1] -> logits [B, num_classes] (in training mode with auxiliary logits, if any)."""
-        return self.model(self._normalize(x))
+        return self.model(self.normalize(x))
 
     def predict(self, x: Tensor) -> Tensor:
         """[B, C, H, W] in [-1, 1] -> logits [B, num_classes], averaged over `test_views`; in evaluation mode."""
@@ -344,7 +345,7 @@ class Classifier(BaseModel):
     def looks_at(self, x: Tensor, classes: Tensor) -> Tensor | None:
         """Images [B, C, H, W] and the classes in question [B] -> maps [B, h, w] in [0, 1]: attention rollout for a
         Vision Transformer, else Grad-CAM; None for a network without maps."""
-        x = self._normalize(x)
+        x = self.normalize(x)
         if attends(self.model):
             return attention_rollout(self.model, x)
         try:

@@ -99,15 +99,19 @@ def test_features_do_not_depend_on_the_batch_nor_on_training_mode(network):
     x = digits(64)
     f, _ = network(x)
     network.model.train()
+    network._network.train()
     again, _ = network(x)
     parts = torch.cat([network(p)[0] for p in x.split(5)])
     assert torch.equal(f, again) and torch.allclose(f, parts, atol=1e-4)
-    network.model.train()
+    wrong = []
+    last = network.model.model.get_submodule(network.last)
+    hook = last.register_forward_pre_hook(lambda _, inputs: wrong.append(inputs[0].flatten(1)))
     with torch.no_grad():
+        network.model.train()
         network.model.model(x.float() / 127.5 - 1)
-    wrong = network._seen.pop().flatten(1)
-    network.model.eval()
-    assert fid(wrong.numpy(), f.numpy()) > 0.5  # so the mistake would be seen
+        network.model.eval()
+    hook.remove()
+    assert fid(wrong[0].numpy(), f.numpy()) > 0.5  # so the mistake would be seen
     restored = features.find_features("digits")  # the running statistics were moved
     network.model.load_state_dict(restored.model.state_dict())
 
