@@ -277,19 +277,23 @@ class NaNGuard(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.check()
+        self.check(pl_module)
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             self._previous = (torch.isfinite(loss.detach()).all(), trainer.global_step, batch_idx)
             if loss.device.type == "cpu":
-                self.check()
+                self.check(pl_module)
 
-    def check(self) -> None:
-        """Raises UserError if the last loss seen was not finite."""
+    def check(self, pl_module: pl.LightningModule) -> None:
+        """Raises UserError if the last loss seen was not finite.
+
+        Where that is a sum, the model may know better whose loss it was: its `check_finite` goes first.
+        """
         if self._previous is not None:
             finite, step, batch = self._previous
             self._previous = None
             if not bool(finite):
+                getattr(pl_module, "check_finite", lambda: None)()
                 raise UserError(
                     f"the loss is not finite at step {step}, batch {batch}; the last good checkpoint is kept. Lower "
                     "model.learning_rate, or set lightning.trainer.gradient_clip_val=1 or precision=32-true"
@@ -298,7 +302,7 @@ class NaNGuard(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.check()
+        self.check(pl_module)
 
 
 class Signals(Callback):

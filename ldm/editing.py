@@ -153,14 +153,14 @@ def feature_resolution(generator: nn.Module, options: DragOptions) -> int:
 
 
 def features_at(generator: nn.Module, ws: Tensor, resolution: int) -> tuple[Tensor, Tensor | None]:
-    """Runs the generator up to that resolution and no further.
+    """Runs the generator up to that resolution and no further, in float32 as the picture is drawn.
 
     Returns:
         Features [1, C, resolution, resolution] and the picture so far [1, 3, resolution, resolution] or None, float32.
     """
-    for reached, features, image in generator.synthesis.steps(ws, noise_mode="const"):
+    for reached, features, image in generator.synthesis.steps(ws, noise_mode="const", force_fp32=True):
         if reached == resolution:
-            return features.float(), None if image is None else image.float()
+            return features, image
     raise ValueError(f"resolution: got {resolution}, expected one of {generator.synthesis.block_resolutions}")
 
 
@@ -341,7 +341,7 @@ def distances(drag: Drag, handles: Tensor) -> Tensor:
 @torch.no_grad()
 def picture(drag: Drag, state: DragState) -> Tensor:
     """The picture of a state, [1, C, H, W] in [-1, 1]."""
-    return drag.generator.synthesis(full_ws(drag, state.head), noise_mode="const").float().clamp(-1, 1)
+    return drag.generator.synthesis(full_ws(drag, state.head), noise_mode="const", force_fp32=True).clamp(-1, 1)
 
 
 # --- pictures with points on them -------------------------------------------------------------------------------------

@@ -64,8 +64,8 @@ def start_from(
 
 
 def render(generator: nn.Module, ws: Tensor) -> Tensor:
-    """ws [1, 1 or num_ws, w_dim] -> [1, C, H, W], not clamped."""
-    return generator.synthesis(ws.expand(-1, generator.num_ws, -1), noise_mode="const").float()
+    """ws [1, 1 or num_ws, w_dim] -> [1, C, H, W], not clamped; in float32 on every device."""
+    return generator.synthesis(ws.expand(-1, generator.num_ws, -1), noise_mode="const", force_fp32=True)
 
 
 def project(

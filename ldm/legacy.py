@@ -152,7 +152,8 @@ TARGETS: dict[str, str] = {
     **_rows("taming.models.cond_transformer", "ldm.models.net2net", "Net2NetTransformer"),
     **_rows("taming.models.dummy_cond_stage", "ldm.modules.cond_stages", "DummyCondStage"),
     **_rows("taming.modules.misc.coord", "ldm.modules.cond_stages", "CoordStage"),
-    **_rows("taming.modules.util", "ldm.modules.cond_stages", "SOSProvider"),
+    **_rows("taming.modules.util", "ldm.modules.cond_stages", "SOSProvider Labelator"),
+    **_rows("taming.lr_scheduler", "ldm.lr_scheduler", "LambdaWarmUpCosineScheduler"),
     **_rows("taming.modules.transformer.permuter", "ldm.modules.cond_stages", "Identity"),
     **_rows("taming.modules.transformer.mingpt", "ldm.modules.gpt", "GPT Block CausalSelfAttention"),
     **_rows(

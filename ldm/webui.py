@@ -210,6 +210,15 @@ def told(function: Callable[..., Session], old: Session | None, *args: Any) -> A
         return page_of(old, str(e))
 
 
+def opened(function: Callable[..., Session], old: Session | None, *args: Any, kept: Any = None) -> Any:
+    """`told` for a function that brings another picture, and what the painter shows then.
+
+    That is the new picture without strokes, since the mask went with the old one; after a mistake it is `kept`.
+    """
+    shown = told(function, old, *args)
+    return *shown, kept if shown[0] is old else shown[1]
+
+
 def run_drag(old: Session | None, *knobs: float) -> Iterator[Any]:
     """`dragging`, as the page shows it."""
     try:
@@ -225,7 +234,7 @@ def drag_tab(gr: Any, runs: Sequence[str], device: str) -> None:
     with gr.Row():
         with gr.Column(scale=1):
             first = next(iter(runs), None)
-            w["run"] = gr.Dropdown(list(runs), value=first, label="Model", allow_custom_value=True)
+            w["run"] = gr.Dropdown(list(runs), value=first, label="Model", allow_custom_value=True, elem_id="run")
             w["seed"] = gr.Number(0, label="Seed", precision=0, elem_id="seed")
             w["psi"] = gr.Slider(0, 1, 0.7, label="Truncation")
             w["load"] = gr.Button("Load", variant="primary", elem_id="load")
@@ -242,11 +251,11 @@ def drag_tab(gr: Any, runs: Sequence[str], device: str) -> None:
                 w["stop"] = gr.Button("Stop", elem_id="stop")
                 w["clear"] = gr.Button("Clear points", elem_id="clear")
                 w["reset"] = gr.Button("Reset picture", elem_id="reset")
-            w["said"] = gr.Textbox(label="", elem_id="said", interactive=False)
+            w["said"] = gr.Textbox(show_label=False, elem_id="said", interactive=False)
+            with gr.Accordion("Mask: paint over what may change", open=False, elem_id="painting"):
+                w["painter"] = gr.ImageEditor(label="Mask", elem_id="mask", layers=False, transforms=(), type="numpy")
             w["save"] = gr.Button("Save picture and latent", elem_id="save")
             w["files"] = gr.Files(label="Saved", elem_id="files")
-            with gr.Accordion("Mask: paint over what may change", open=False):
-                w["painter"] = gr.ImageEditor(label="Mask", elem_id="mask", layers=False, transforms=(), type="numpy")
     wire(gr, w, device)
 
 
@@ -257,17 +266,21 @@ def wire(gr: Any, w: dict[str, Any], device: str) -> None:
     def clicked(old: Session | None, event: gr.SelectData) -> Any:
         return told(add_point, old, old, *event.index)
 
-    def opened(old: Session | None, *args: Any) -> Any:
-        new, picture, text = told(lambda *a: load(*a, device=device), old, *args)
-        return new, picture, text, None if new is None else picture
+    def loaded(old: Session | None, *args: Any) -> Any:
+        return opened(lambda *a: load(*a, device=device), old, *args, kept=gr.skip())
+
+    def uploaded(old: Session | None, file: str) -> Any:
+        return opened(with_latent, old, old, file, kept=gr.skip())
 
     clicked.__annotations__["event"] = gr.SelectData  # gradio cannot read a postponed annotation of a local name
-    w["load"].click(opened, [session, w["run"], w["seed"], w["psi"]], [*shows, w["painter"]])
-    w["file"].upload(lambda old, f: told(with_latent, old, old, f), [session, w["file"]], shows)
+    w["load"].click(loaded, [session, w["run"], w["seed"], w["psi"]], [*shows, w["painter"]])
+    w["file"].upload(uploaded, [session, w["file"]], [*shows, w["painter"]])
     w["image"].select(clicked, [session], shows)
     w["clear"].click(lambda old: told(without_points, old, old), [session], shows)
     w["reset"].click(lambda old: told(as_before, old, old), [session], shows)
-    w["painter"].change(lambda old, p: told(with_mask, old, old, p), [session, w["painter"]], shows)
+    # gradio's change leaves out the first stroke after the painter was opened, its input what is cleared or undone
+    for event in (w["painter"].change, w["painter"].input):
+        event(lambda old, p: told(with_mask, old, old, p), [session, w["painter"]], shows)
     running = w["start"].click(run_drag, [session, w["steps"], w["lr"], w["weight"]], shows)
     w["stop"].click(None, cancels=[running])
     w["save"].click(lambda old: None if old is None else save(old), [session], [w["files"]])

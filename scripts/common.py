@@ -92,8 +92,12 @@ def parse_seeds(text: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def progress(model: Any, knobs: dict[str, Any], **extra: Any) -> Iterator[dict[str, Any]]:
-    """Gives {"callback": f} that moves a bar with the time per step, or {} if `sample` has no callback."""
+def progress(model: Any, knobs: dict[str, Any], preview: tuple[Path, int] | None = None) -> Iterator[dict[str, Any]]:
+    """Gives {"callback": f} that moves a bar with the time per step, or {} if `sample` has no callback.
+
+    Args:
+        preview: (folder, every): after so many steps the first picture, as far as it is, goes to preview.png there.
+    """
     import inspect
 
     from tqdm import tqdm
@@ -107,8 +111,30 @@ def progress(model: Any, knobs: dict[str, Any], **extra: Any) -> Iterator[dict[s
 
         def step(*args: Any, **kwargs: Any) -> None:  # a true result would stop the sampler
             bar.update()
+            if preview and bar.n % preview[1] == 0:
+                write_preview(preview[0], unfinished(model, args[-1][:1]))
 
         yield {"callback": step}
+
+
+def unfinished(model: Any, x: Any) -> Any:
+    """What a sampler's callback gets last -> pictures [B, C, H, W]: tokens so far, latents, or the pictures."""
+    import torch
+
+    with torch.no_grad():
+        if hasattr(model, "decode_tokens"):
+            return model.decode_tokens(x)
+        return model.decode_first_stage(x) if hasattr(model, "decode_first_stage") else x
+
+
+def write_preview(outdir: Path, x: Any) -> None:
+    """The first of the pictures [B, C, H, W] in [-1, 1] as <outdir>/preview.png, whole at any time; NaN is black."""
+    from ldm import generate
+
+    outdir.mkdir(parents=True, exist_ok=True)
+    part = outdir / ".preview.png.part"
+    generate.pictures(x[:1].float().nan_to_num(-1.0).clamp(-1, 1).cpu(), "preview")[0].save(part, format="PNG")
+    part.replace(outdir / "preview.png")
 
 
 def free_name(outdir: Path, seed: int | None) -> Path:
@@ -193,13 +219,18 @@ def _model_flags(add: Any) -> None:
     add("--compile", action="store_true", help="compile the network; pays after some dozen steps")
 
 
+def preview_flag(add: Any) -> None:
+    """--preview, of all scripts that draw step by step."""
+    text = "write <outdir>/preview.png every N steps (default of N: 10)"
+    add("--preview", nargs="?", type=int, const=10, metavar="N", help=text)
+
+
 def _file_flags(add: Any) -> None:
     add("--outdir", nargs="?", metavar="DIR", help="where the pictures go")
     add("--skip_grid", "--skip-grid", action="store_true", help="no picture of all pictures")
     add("--skip_save", "--skip-save", action="store_true", help="no single pictures")
     add("--n_rows", "--n-rows", type=int, default=0, metavar="N", help="pictures in a row of the grid (0: n_samples)")
-    text = "write <outdir>/preview.png every N steps (default of N: 10)"
-    add("--preview", nargs="?", type=int, const=10, metavar="N", help=text)
+    preview_flag(add)
     add("--safety", choices=("on", "off"), default="off", help="withhold what the safety checker flags (default: off)")
     add("--watermark", choices=("on", "off"), default="off", help="the official invisible watermark (default: off)")
 

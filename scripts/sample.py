@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--set", nargs="+", default=[], metavar="KNOB=VALUE", help="any other knob of the model's sample()")
     add("--outdir", default="outputs/samples", help="where the PNG files go (default: outputs/samples)")
+    common.preview_flag(add)
     add("--batch-size", type=int, default=64, help="pictures per network call")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--like", metavar="PNG", default=None, help="make this picture again; other flags change its settings")
@@ -101,6 +102,7 @@ def draw(args: argparse.Namespace) -> None:
     print(f"{info['checkpoint']}, weights: {weights}")
     record = {**settings, "weights": weights, "sha256": info["sha256"], **generate.versions()}
     outdir, images = Path(args.outdir), []
+    preview = (outdir, args.preview) if args.preview else None
     if args.interpolate:
         with scope:
             walk(model, condition(model, settings, numbers, options, maps), numbers, knobs, args.interpolate)
@@ -108,7 +110,7 @@ def draw(args: argparse.Namespace) -> None:
     with scope:
         for seeds in generate.batches(numbers, 1 if maps else args.batch_size):
             cond = condition(model, settings, seeds, options, maps)
-            with common.progress(model, knobs) as callback:
+            with common.progress(model, knobs, preview) as callback:
                 x = model.sample(cond, seeds=seeds, **knobs, **callback)
             images.append(x.float().cpu())
             for seed, picture in zip(seeds, generate.pictures(x, info["checkpoint"]), strict=True):

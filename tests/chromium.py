@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import io
 import itertools
 import json
 import shutil
@@ -9,6 +10,8 @@ import subprocess
 from pathlib import Path
 
 import aiohttp
+import numpy as np
+from PIL import Image
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -90,15 +93,44 @@ class Browser:
         for kind in ("mousePressed", "mouseReleased"):
             await self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
+    async def stroke(self, points):
+        """Moves along the points with the button held down."""
+        for kind, point in (("mouseMoved", points[0]), ("mousePressed", points[0])):
+            await self.mouse(kind, *point, held=kind == "mousePressed")
+        for point in points:
+            await self.mouse("mouseMoved", *point, held=True)
+        await self.mouse("mouseReleased", *points[-1])
+
+    async def mouse(self, kind, x, y, held=False):
+        button = "none" if kind == "mouseMoved" and not held else "left"
+        params = {"type": kind, "x": x, "y": y, "button": button, "buttons": int(held), "clickCount": 1}
+        await self.call("Input.dispatchMouseEvent", **params)
+
+    async def type(self, selector, text):
+        """Replaces what is in a field, and leaves it."""
+        await self.press(selector)
+        await self.run(f"document.querySelector({json.dumps(selector)}).select()")
+        await self.call("Input.insertText", text=text)
+        await self.run(f"document.querySelector({json.dumps(selector)}).blur()")
+
+    async def pixels(self, selector):
+        """What an <img> holds, uint8 [H, W, 3]."""
+        script = (
+            f"(async () => {{ const i = document.querySelector({json.dumps(selector)}); await i.decode();"
+            " const c = document.createElement('canvas'); c.width = i.naturalWidth; c.height = i.naturalHeight;"
+            " c.getContext('2d').drawImage(i, 0, 0); return c.toDataURL('image/png').split(',')[1]; })()"
+        )
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(await self.run(script)))).convert("RGB"))
+
     async def press(self, selector):
         """A click in the middle of an element."""
         await self.click(*await self.at(selector, 0.5, 0.5))
 
     async def at(self, selector, x, y):
-        """Where a share of an element's width and height is on the screen, after it is scrolled there, once it has come
-        to rest and nothing lies over it."""
+        """Where a share of an element's width and height is on the screen, after it is scrolled there, once it is
+        there, has come to rest and nothing lies over it."""
         script = (
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); if (!e) return null;"
             " e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
             f" const p = [r.x + r.width * {x}, r.y + r.height * {y}], top = document.elementFromPoint(...p);"
             " return (e.complete ?? true) && (top === e || e.contains(top)) ? p : null; })()"

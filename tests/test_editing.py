@@ -167,6 +167,25 @@ def test_a_step_costs_one_run_to_the_feature_layer_and_one_backward(generator, w
     assert state.step == 3
 
 
+def test_a_step_of_256_pixels_costs_no_more():
+    """The feature layer that is the default there, 128 pixels, and nothing above it; no run of the mapping."""
+    torch.manual_seed(0)
+    kwargs = dict(channel_base=256, channel_max=8, num_fp16_res=4, mapping_kwargs={"num_layers": 2})
+    large = Generator(8, 0, 8, 256, 3, **kwargs).eval()
+    ws = large.mapping(torch.randn(1, 8), None)
+    mask = torch.zeros(256, 256, dtype=torch.bool)
+    mask[:, :200] = True
+    job, state = editing.start(large, ws, points((80, 80)), points((160, 80)), mask)
+    counter, mapped, runs = Counter(large), [], []
+    large.mapping.register_forward_hook(lambda *_: mapped.append(1))
+    large.synthesis.register_forward_pre_hook(lambda *_: runs.append(1))  # a whole run, not one that stops
+    for n in range(1, 4):
+        state = editing.drag_step(job, state)
+        assert counter.forward == dict.fromkeys((4, 8, 16, 32, 64, 128), n) and counter.backward == n
+    counter.stop()
+    assert state.step == 3 and not state.arrived and mapped == runs == []
+
+
 def test_a_step_changes_nothing_but_the_leading_layers(generator, ws):
     before = {k: v.clone() for k, v in generator.state_dict().items()}
     options = DragOptions(resolution=16, layers=3)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -96,38 +97,103 @@ def test_faults_are_lines_on_the_page(session, tmp_path):
         webui.build([], "dragg")
 
 
-def test_a_visit_in_a_browser(run, tmp_path):
-    """Load a picture, click a handle and its target, press start, see the picture move, save it."""
-    page = webui.build([str(run)], "drag")
-    _, url, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False)
-    said = "document.querySelector('#said textarea, #said input').value"
-    picture = "document.querySelector('#picture img')?.src"
+def test_another_picture_begins_with_a_painter_without_strokes(session, tmp_path):
+    """The mask goes with the picture that it was painted on; after a mistake both stay."""
+    masked = webui.replace(session, mask=torch.ones(64, 64, dtype=torch.bool))
+    latent = webui.save(session)[1]
+    new, picture, text, painter = webui.opened(webui.with_latent, masked, masked, latent, kept="kept")
+    assert new.mask is None and text == "" and np.array_equal(painter, picture)
+    assert np.array_equal(picture, webui.view(session))
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    old, _, text, painter = webui.opened(
+        webui.with_latent, masked, masked, str(tmp_path / "x.safetensors"), kept="kept"
+    )
+    assert old is masked and "cannot be read" in text and painter == "kept"
+    # both ways to another picture are joined to the painter
+    functions = webui.build([], "drag").fns.values()
+    painted = {
+        event for f in functions for _, event in f.targets if any(type(o).__name__ == "ImageEditor" for o in f.outputs)
+    }
+    assert painted == {"click", "upload"}
 
-    async def visit():
+
+PICTURE = "#picture img"
+
+
+async def visit(browser, url, tmp_path, loaded):
+    """Picks a model, types a seed, loads, paints a mask, sets a handle and its target, drags, saves."""
+    said = "document.querySelector('#said textarea, #said input').value"
+    source = f"document.querySelector({PICTURE!r})?.src"
+
+    async def changed(before):
+        await browser.until(f"{source} && {source} !== {before!r}")
+        return await browser.pixels(PICTURE)
+
+    await browser.open(url)
+    await browser.until("document.querySelector('#load') !== null")
+    grey = await browser.until(source)
+    await browser.press("#run input")
+    await browser.press("#run li[data-index='1']")
+    await browser.type("#seed input", "12")
+    await browser.press("#load")
+    seen = {"loaded": await changed(grey)}
+    assert len(loaded) == 1
+
+    await browser.press("#painting button")
+    # an empty canvas has 800 pixels and is shown at 36 %; a picture of 512 in the same place at 56 %
+    await browser.until("parseInt(document.querySelector('#mask .zoom-number')?.innerText) > 50")
+    x, y = await browser.at("#mask canvas", 0.5, 0.5)  # the picture is in the middle, 288 pixels wide
+    before = await browser.run(source)
+    await browser.stroke([(x + dx, y) for dx in range(-100, 101, 10)])
+    seen["masked"] = await changed(before)
+
+    for share in (0.35, 0.65):
+        before = await browser.run(source)
+        await browser.click(*await browser.at(PICTURE, share, 0.5))
+        seen["pointed"] = await changed(before)
+    before = await browser.run(source)
+    await browser.press("#start")
+    await browser.until(f"{said}.startsWith('step ')")
+    seen["dragged"] = await changed(before)
+    await browser.press("#stop")
+    await browser.press("#save")
+    await browser.until(r"document.querySelector('#files').innerText.replace(/\s/g, '').includes('drag.png')")
+    await browser.run("window.scrollTo(0, 0)")
+    await browser.screenshot(tmp_path / "page.png")
+    assert browser.errors == []
+    return seen
+
+
+def test_a_visit_in_a_browser(run, tmp_path, monkeypatch):
+    other = shutil.copytree(run, tmp_path / "other")
+    loaded, load = [], webui.load
+
+    def spy(*args, **kwargs):
+        loaded.append((args, load(*args, **kwargs)))
+        return loaded[-1][1]
+
+    monkeypatch.setattr(webui, "load", spy)
+    page = webui.build([str(run), str(other)], "drag")
+    _, url, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False)
+
+    async def stay():
         async with Browser(tmp_path / "profile") as browser:
-            await browser.open(url)
-            await browser.until("document.querySelector('#load') !== null")
-            grey = await browser.until(picture)
-            await browser.press("#load")
-            loaded = await browser.until(f"{picture} !== {grey!r} && {picture}")
-            for share in (0.3, 0.7):
-                before = await browser.run(picture)
-                await browser.click(*await browser.at("#picture img", share, 0.5))
-                await browser.until(f"{picture} !== {before!r}")
-            pointed = await browser.run(picture)
-            await browser.press("#start")
-            await browser.until(f"{said}.startsWith('step ')")
-            await browser.until(f"{picture} !== {pointed!r} && {picture} !== {loaded!r}")
-            await browser.press("#stop")
-            await browser.press("#save")
-            await browser.until(r"document.querySelector('#files').innerText.replace(/\s/g, '').includes('drag.png')")
-            await browser.run("window.scrollTo(0, 0)")
-            await browser.screenshot(tmp_path / "page.png")
-            return browser.errors
+            return await visit(browser, url, tmp_path, loaded)
 
     try:
-        assert asyncio.run(visit()) == []
+        seen = {name: x.astype(float) for name, x in asyncio.run(stay()).items()}
     finally:
         page.close()
+    ((asked, session),) = loaded
+    assert asked == (str(other), 12, 0.7)
+    assert np.abs(seen["loaded"] - webui.view(session)).mean() < 3  # it comes compressed
+    middle, edge = (slice(250, 262), slice(150, 362)), (slice(440, 500), slice(20, 492))
+    assert np.abs(seen["masked"][middle] - seen["loaded"][middle]).mean() < 3  # under the stroke it may change
+    assert np.abs(seen["masked"][edge] - webui.DARK * seen["loaded"][edge]).mean() < 3  # elsewhere it is kept, and dark
+    red, green, blue = seen["pointed"].transpose(2, 0, 1)
+    for x, color in ((179, red), (332, blue)):  # handle and target, where they were clicked
+        spot = (slice(250, 262), slice(x - 6, x + 7))
+        assert color[spot].max() > 150 and (color - green)[spot].max() > 100
+    assert np.abs(seen["dragged"] - seen["pointed"]).max() > 20
     shot = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"))
     assert shot.shape[1] == 1280 and shot.std() > 5

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ldm.models.base import BaseModel
 from ldm.models.framework import rank_zero_info
+from ldm.util import UserError
 
 Losses = tuple[Tensor, dict[str, Tensor]]
+PLAYERS = ("generator", "discriminator")
 
 
 class AdversarialModel(BaseModel):
@@ -29,6 +31,9 @@ class AdversarialModel(BaseModel):
 
     `accumulate_grad_batches` and `gradient_clip_val` of the Trainer, which Lightning refuses for two optimisers, are
     taken over as these two. Over several processes, plain `strategy: ddp` works.
+
+    A loss that is not finite stops the run with a UserError that names the player, under a fp16 scaler too: scaling
+    heals a gradient that has overflowed, never a loss.
     """
 
     loss_names = ("generator_loss", "discriminator_loss")  # what the two losses are logged as
@@ -41,8 +46,9 @@ class AdversarialModel(BaseModel):
         self.automatic_optimization = False
         self.accumulate, self.clip, self.disc_steps = accumulate, clip, disc_steps
         self.clip_algorithm: str | None = None
-        self.updates = self.disc_updates = 0
+        self.updates = self.disc_updates = self._batch_idx = 0
         self._window: list[dict[str, Any]] = []
+        self._last_loss: tuple[str, Tensor, str] | None = None  # player, loss, where
 
     # --- what a recipe fills in ---------------------------------------------------------------------------------------
 
@@ -102,12 +108,13 @@ class AdversarialModel(BaseModel):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         self._window.append(batch)
+        self._batch_idx = batch_idx
         optimizers = self.optimizers()
         generator, *others = optimizers if isinstance(optimizers, list) else [optimizers]
         plays = (self.disc_updates + 1) % self.disc_steps == 0  # the generator has its turn in this window
         total = torch.zeros((), device=self.device)
         if plays:
-            total = self._backward(self.generator_loss, batch, self.discriminator_parameters(), self.loss_names[0])
+            total = self._backward("generator", self.generator_loss, batch, self.discriminator_parameters())
         if not self._window_ends(batch_idx):
             return total
         # all batches of one network before the next: a fp16 scaler may change its scale at every step
@@ -130,7 +137,7 @@ class AdversarialModel(BaseModel):
 
     def _train_discriminator(self, discriminator: Any, window: Sequence[dict[str, Any]]) -> Tensor:
         frozen_ones = self.generator_parameters()
-        losses = [self._backward(self.discriminator_loss, b, frozen_ones, self.loss_names[1]) for b in window]
+        losses = [self._backward("discriminator", self.discriminator_loss, b, frozen_ones) for b in window]
         # past Lightning's wrapper, which would count this as another step
         self.trainer.strategy.optimizer_step(discriminator.optimizer, lambda: None)
         discriminator.zero_grad(set_to_none=True)
@@ -138,15 +145,34 @@ class AdversarialModel(BaseModel):
         return torch.stack(losses).sum()
 
     def _backward(
-        self, loss_of: Callable[[dict[str, Any]], Losses], batch: dict[str, Any], others: list[nn.Parameter], name: str
+        self,
+        player: str,
+        loss_of: Callable[[dict[str, Any]], Losses],
+        batch: dict[str, Any],
+        others: list[nn.Parameter],
     ) -> Tensor:
+        self.check_loss()
         with frozen(others):
             loss, logs = loss_of(batch)
+            self._last_loss = (player, loss.detach(), f"step {self.updates}, batch {self._batch_idx}")
+            if loss.device.type == "cpu":
+                self.check_loss()  # before the backward pass: weights and statistics of the optimiser stay as they were
             self.manual_backward(loss / self.accumulate)
         size = self._size(batch)
-        self.log(name, loss.detach(), prog_bar=True, batch_size=size)
+        self.log(self.loss_names[PLAYERS.index(player)], loss.detach(), prog_bar=True, batch_size=size)
         self.log_dict({f"train/{k}": v.detach() for k, v in logs.items()}, batch_size=size)
         return loss.detach()
+
+    def check_loss(self) -> None:
+        """Raises UserError if the last player's loss was not finite; on a GPU one turn late, so that nothing waits."""
+        if self._last_loss is not None:
+            (player, loss, where), self._last_loss = self._last_loss, None
+            if not bool(loss.isfinite().all()):
+                raise not_finite("the loss", f"{where}: the {player}'s")
+
+    def check_finite(self) -> None:
+        """Raises UserError for what was not finite in the last step, by its player's name."""
+        self.check_loss()
 
     def _schedulers(self) -> Sequence[Any]:
         schedulers = self.lr_schedulers()
@@ -168,6 +194,7 @@ class AdversarialModel(BaseModel):
     # --- weights ------------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_finite()
         super().on_save_checkpoint(checkpoint)
         checkpoint["updates"], checkpoint["disc_updates"] = self.updates, self.disc_updates
 
@@ -175,6 +202,14 @@ class AdversarialModel(BaseModel):
         super().on_load_checkpoint(checkpoint)
         self.updates = int(checkpoint.get("updates", checkpoint.get("global_step", 0)))
         self.disc_updates = int(checkpoint.get("disc_updates", self.updates * self.disc_steps))
+
+
+def not_finite(what: str, where: str) -> UserError:
+    """The error that stops a run."""
+    return UserError(
+        f"{what} is not finite at {where}; the last good checkpoint is kept. Lower model.learning_rate, or set "
+        "lightning.trainer.gradient_clip_val=1 or precision=32-true"
+    )
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ldm.models.first_stage import AutoencoderBase, unprefixed
 from ldm.models.framework import rank_zero_warn
 from ldm.modules.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses import measure_perplexity
-from ldm.modules.quantize import VectorQuantizer2
+from ldm.modules.quantize import EMAVectorQuantizer, VectorQuantizer2
 from ldm.util import SeededNoise, instantiate_from_config
 
 
@@ -275,10 +275,14 @@ class VQModel(AutoencoderBase):
         self._code_counts = None
         self.log("val/codebook_usage", usage, sync_dist=True)
         if float(usage) < 0.05 and codes_seen >= self.n_embed and not self.trainer.sanity_checking:
-            rank_zero_warn(
-                f"codebook collapse: {float(usage):.1%} of {self.n_embed} codes are in use. A smaller n_embed or "
-                "embed_dim, a lower learning rate or a later disc_start help"
-            )
+            advice = "A smaller n_embed or embed_dim, a lower learning rate or a later disc_start help"
+            learned = isinstance(self.quantize, (VectorQuantizer2, EMAVectorQuantizer))
+            if learned and not getattr(self.quantize, "restart", 0):
+                advice = (
+                    "Set model.params.quantizer_config to ldm.modules.quantize.EMAVectorQuantizer with restart: 0.05, "
+                    f"which puts unused codes back into use. {advice} too"
+                )
+            rank_zero_warn(f"codebook collapse: {float(usage):.1%} of {self.n_embed} codes are in use. {advice}")
 
     @torch.no_grad()
     def log_images(
@@ -323,6 +327,16 @@ class VQModelInterface(VQModel):
     def decode(self, h: Tensor, force_not_quantize: bool = False) -> Tensor:
         """Continuous latents -> images [B, C, H, W]; `force_not_quantize` decodes them as they are."""
         return super().decode(h if force_not_quantize else self.quantize(h)[0])
+
+    def forward(
+        self,
+        input: Tensor,
+        return_pred_indices: bool = False,  # noqa: A002  (official name)
+    ) -> tuple[Tensor, ...]:
+        """As VQModel, so that it trains as one: here `encode` and `decode` have no codes between them."""
+        quant, diff, (_, _, indices) = super().encode(input)
+        reconstructions = super().decode(quant)
+        return (reconstructions, diff, indices) if return_pred_indices else (reconstructions, diff)
 
 
 class IdentityFirstStage(nn.Module):

@@ -97,9 +97,9 @@ class BaseModel(Module):
 
     # --- EMA ----------------------------------------------------------------------------------------------------------
 
-    def init_ema(self, module: nn.Module, decay: float = 0.9999) -> None:
-        """Keeps an average of `module`'s trained weights as `model_ema` (official key names)."""
-        self.model_ema = LitEma(module, decay=decay)
+    def init_ema(self, module: nn.Module, decay: float = 0.9999, rampup: float | None = None) -> None:
+        """Keeps an average of `module`'s trained weights as `model_ema` (official key names); see `LitEma`."""
+        self.model_ema = LitEma(module, decay=decay, rampup=rampup)
         # a list hides the module from nn.Module, which would otherwise register it (and its keys) twice
         self._ema_source = [module]
 

@@ -28,6 +28,7 @@ class CaptionModel(TokenModel):
         tokenizer_file: a tokenizer.json of the `tokenizers` package instead.
         cond_stage_key: batch key of the captions.
         cond_dropout: share of the captions left out in training, which guidance and empty prompts need.
+        temperature: at which the model draws unless another is asked for.
     """
 
     first_code: int
@@ -41,9 +42,11 @@ class CaptionModel(TokenModel):
         tokenizer_file: str | None = None,
         cond_stage_key: str = "caption",
         cond_dropout: float = 0.1,
+        temperature: float = 1.0,
         **base: Any,
     ) -> None:
         super().__init__(first_stage_config, **base)
+        self.temperature = temperature
         self.text_length, self.cond_stage_key, self.cond_dropout = text_length, cond_stage_key, cond_dropout
         self.text = BytePairs(text_vocab, tokenizer_file)
         self._rows: dict[str, list[int]] = {}
@@ -52,9 +55,11 @@ class CaptionModel(TokenModel):
     # --- text ---------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
+        sets = getattr(self.trainer.datamodule, "datasets", None) or {}
+        if self.cond_dropout <= 0:
+            self._warn_of_empty_captions(sets.get("train"))
         if self.text.learned:
             return
-        sets = getattr(self.trainer.datamodule, "datasets", None) or {}
         if "train" not in sets:
             raise UserError(
                 f"{type(self).__name__} has no text tokens: give tokenizer_file, or a data module that holds the "
@@ -65,6 +70,15 @@ class CaptionModel(TokenModel):
         self._rows.clear()
         merged = int((self.text.merges[:, 0] >= 0).sum())
         rank_zero_info(f"text tokens: 256 bytes and {merged} pairs, learned from {len(captions)} captions")
+
+    def _warn_of_empty_captions(self, dataset: Any) -> None:
+        empty, count = empty_captions(dataset)
+        if empty:
+            rank_zero_warn(
+                f"{len(empty)} of {count} training pictures have an empty {self.cond_stage_key}, e.g. {empty[0]}: "
+                "without cond_dropout the model refuses empty prompts, and learns nothing of use from these; give them "
+                "captions, or set model.params.cond_dropout above 0"
+            )
 
     def value_of(self, batch: dict[str, Any], key: str) -> list[str]:
         """The captions of a batch."""
@@ -139,6 +153,8 @@ class CaptionModel(TokenModel):
                 raise UserError("negative prompt: the model was trained without cond_dropout and takes none")
             if not all(t.strip() for t in texts):
                 raise UserError("empty prompt: the model was trained without cond_dropout and draws from text only")
+        if prompts is not None and not all(t.strip() for t in texts):
+            rank_zero_warn("empty prompt: the picture is drawn without a condition; give a prompt to say what it shows")
         for text in dict.fromkeys(texts):
             self._check_characters(text)
         cond: Condition = {"prefix": self.prefix(self.text_rows(texts)).to(self.device)}
@@ -161,7 +177,7 @@ class CaptionModel(TokenModel):
         cond: Condition | None = None,
         *,
         seeds: Sequence[int],
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         scale: float = 1.0,
@@ -172,7 +188,7 @@ class CaptionModel(TokenModel):
 
         Args:
             cond: from `condition`; with `prime` the pictures have a given upper part.
-            temperature: 0 takes the most probable token, 1 the model's own distribution.
+            temperature: 0 takes the most probable token, 1 the model's own distribution; None is the model's default.
             top_k: draw from the k most probable tokens; null from all.
             top_p: draw from the most probable tokens that together reach probability p.
             scale: classifier-free guidance; 1 is off.
@@ -180,6 +196,7 @@ class CaptionModel(TokenModel):
             callback: called after each token.
         """
         cond = self.condition(seeds) if cond is None else cond
+        temperature = self.temperature if temperature is None else temperature
         knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "scale": scale, "callback": callback}
         return self.decode_tokens(self.best_tokens(cond, seeds, rerank, **knobs))
 
@@ -243,3 +260,12 @@ def captions_of(dataset: Any, key: str) -> Iterable[str]:
         return
     for i in range(len(dataset)):
         yield str(dataset[i][key])
+
+
+def empty_captions(dataset: Any) -> tuple[list[str], int]:
+    """(the pictures of a data set that have an empty caption, how many pictures there are), where it keeps a list."""
+    entries = getattr(dataset, "entries", None)
+    captions = getattr(entries, "captions", None) or []
+    where = getattr(getattr(dataset, "source", None), "where", str)
+    empty = [where(n) for n, texts in zip(entries.names, captions, strict=True) if not all(texts)] if captions else []
+    return empty, len(captions)

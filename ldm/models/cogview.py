@@ -27,7 +27,7 @@ class CogView(CaptionModel):
         first_stage_config, first_stage_key, cache_codes, use_ema, ema_decay: as for `TokenModel`.
         transformer_config: `{params}` of `ldm.modules.gpt.Transformer`; vocab_size, block_size, grid and image_start
             are set, Sandwich-LN and the two scalings against overflow are on unless switched off.
-        text_vocab, text_length, tokenizer_file, cond_stage_key, cond_dropout: as for `CaptionModel`.
+        text_vocab, text_length, tokenizer_file, cond_stage_key, cond_dropout, temperature: as for `CaptionModel`.
         text_weight, image_weight: weights of the two parts of the loss.
         caption_share: share of the training pictures that are captioned rather than drawn.
         upscale_share: share of the training pictures that are drawn from the same in half the size.
@@ -210,7 +210,7 @@ class CogView(CaptionModel):
         cond: Condition | None = None,
         *,
         seeds: Sequence[int],
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         scale: float = 1.0,
@@ -227,6 +227,7 @@ class CogView(CaptionModel):
         Raises:
             UserError: upscale, but the model was trained without.
         """
+        temperature = self.temperature if temperature is None else temperature
         knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         x = super().sample(cond, seeds=seeds, scale=scale, rerank=rerank, callback=callback, **knobs)
         return self.enlarge(x, seeds=seeds, callback=callback, **knobs) if upscale else x

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.adversarial import AdversarialModel, Losses
+from ldm.models.adversarial import AdversarialModel, Losses, not_finite
 from ldm.models.base import Config
 from ldm.models.diffusion.classes import ClassLabels
 from ldm.models.framework import rank_zero_info, rank_zero_warn
@@ -43,10 +43,14 @@ class GAN(ClassLabels, AdversarialModel):
         augment: ada or diffaugment: what the discriminator sees instead of bare images; None for nothing.
         augment_params: of ada: pipe (a row of `ada.PRESETS`) and the arguments of `AdaptiveAugment`; of diffaugment:
             policy.
-        class_weight: of the auxiliary classifier's cross-entropy, where the discriminator has one (AC-GAN).
+        class_weight: of the auxiliary classifier's cross-entropy, where the discriminator has one. As in AC-GAN (Odena
+            et al. 2017, equation 3) the discriminator learns it on real and on generated pictures, and the generator
+            is to be classified right.
         cond_stage_key: key of the classes in the batch; None for an unconditional model.
         num_classes: number of classes; `auto` in YAML.
         use_ema, ema_decay: average the generator's weights; the decay warms up over the first updates.
+        ema_rampup: share of the training so far that the average's half-life may be at most (StyleGAN2-ADA: 0.05);
+            None for the warm-up of `LitEma`.
         image_key: key of the images in the batch.
         watch: updates of the discriminator per line of the score.
         patience: updates for which a game must be lost before a warning.
@@ -76,6 +80,7 @@ class GAN(ClassLabels, AdversarialModel):
         num_classes: int | None = None,
         use_ema: bool = True,
         ema_decay: float = 0.999,
+        ema_rampup: float | None = None,
         image_key: str = "image",
         watch: int = 100,
         patience: int = 500,
@@ -96,7 +101,7 @@ class GAN(ClassLabels, AdversarialModel):
         self.augment = build_augment(augment, augment_params or {})
         self.game, self._norm = Game(watch, patience), None
         if use_ema:
-            self.init_ema(self.generator, decay=ema_decay)
+            self.init_ema(self.generator, decay=ema_decay, rampup=ema_rampup)
         self.load_ckpt_path()
 
     def _network(self, config: Config, classes: int | None) -> nn.Module:
@@ -172,8 +177,8 @@ class GAN(ClassLabels, AdversarialModel):
         with torch.no_grad():
             generated = self.fake(len(x), labels)
         real, wrong_real = self.judge(x, labels)
-        fake, _ = self.judge(generated, labels)
-        loss = self.formula.discriminator(real, fake) + self.class_weight * wrong_real
+        fake, wrong_fake = self.judge(generated, labels)
+        loss = self.formula.discriminator(real, fake) + self.class_weight * (wrong_real + wrong_fake)
         logs = {"d_loss": loss, "d_real": real.mean(), "d_fake": fake.mean()}
         if self.training:
             if self.penalty is not None and self.disc_updates % self.penalty_interval == 0:
@@ -213,25 +218,22 @@ class GAN(ClassLabels, AdversarialModel):
         norm = torch.nn.utils.get_total_norm(gradients)
         self.log(f"train/{name[0]}_norm", norm, batch_size=1)
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # a scaler leaves such a step out by itself
-            self.check_finite()
+            self.check_gradient()
             self._norm = (name, norm, self.updates)
             if norm.device.type == "cpu":
-                self.check_finite()  # before the step: the weights stay as they were
+                self.check_gradient()  # before the step: the weights stay as they were
         super().on_before_optimizer_step(optimizer)
 
-    def check_finite(self) -> None:
+    def check_gradient(self) -> None:
         """Raises UserError if the last gradient was not finite; on a GPU one step late, so that nothing waits."""
         if self._norm is not None:
             (name, norm, step), self._norm = self._norm, None
             if not bool(norm.isfinite()):
-                raise UserError(
-                    f"the {name}'s gradient is not finite at step {step}; the last good checkpoint is kept. Lower "
-                    f"model.learning_rate, or set lightning.trainer.gradient_clip_val=1 or precision=32-true"
-                )
+                raise not_finite(f"the {name}'s gradient", f"step {step}")
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check_finite()
-        super().on_save_checkpoint(checkpoint)
+    def check_finite(self) -> None:
+        super().check_finite()
+        self.check_gradient()
 
     def on_train_start(self) -> None:
         super().on_train_start()

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ldm.models.base import Config
 from ldm.models.tokens import Condition, TokenModel
-from ldm.modules.cond_stages import CoordStage, SOSProvider
+from ldm.modules.cond_stages import CoordStage, Labelator, SOSProvider
 from ldm.util import UserError, instantiate_from_config
 
+TOP_K = 100  # taming-transformers' default
 FIRST_STAGE, UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__"
 
 
@@ -79,17 +80,20 @@ class Net2NetTransformer(TokenModel):
     # --- tokens -------------------------------------------------------------------------------------------------------
 
     def get_input(self, batch: dict[str, Any], key: str) -> Tensor:
-        """Pictures as everywhere; tokens [B, n] of the data set as they are."""
+        """Pictures as everywhere; classes [B] and tokens [B, n] of the data set as they are."""
         value = batch.get(key)
-        if isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
+        if isinstance(value, Tensor) and value.ndim in (1, 2) and not value.is_floating_point():
             return value
         return super().get_input(batch, key)
 
     @torch.no_grad()
     def encode_to_z(self, x: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> tokens [B, n], in the order of the permuter."""
-        codes = self.first_stage_model.encode(x)[2][2]
-        return self.permuter(codes.reshape(len(x), -1))
+        """Images [B, C, H, W] -> tokens [B, n], in the order of the permuter.
+
+        Raises:
+            UserError: the images give another grid than the first stage was built for, which is the one to be drawn.
+        """
+        return self.permuter(self.encode_images(x))
 
     @torch.no_grad()
     def encode_to_c(self, c: Tensor) -> Tensor:
@@ -112,6 +116,7 @@ class Net2NetTransformer(TokenModel):
         return self._logits(z, c), z
 
     def _logits(self, z: Tensor, c: Tensor) -> Tensor:
+        self.check_sequence(c.shape[1], z.shape[1])
         shown = z
         if self.training and self.pkeep < 1.0:
             keep = torch.rand(z.shape, device=z.device) < self.pkeep
@@ -136,13 +141,22 @@ class Net2NetTransformer(TokenModel):
         prompts: Sequence[str] | None = None,
         negative_prompt: str | None = None,
     ) -> Condition:
-        """The start token, or the places of a whole picture's pixels; other conditions come from data.
+        """The start token, the classes (all in turn), or the places of a whole picture's pixels; other conditions come
+        from data.
 
         Raises:
             UserError: a class or prompt was given, or the condition has to come from data.
         """
-        super().condition(seeds, classes=classes, prompts=prompts, negative_prompt=negative_prompt)
-        if self.be_unconditional:
+        labels = self.cond_stage_model if isinstance(self.cond_stage_model, Labelator) else None
+        given = None if labels else classes
+        super().condition(seeds, classes=given, prompts=prompts, negative_prompt=negative_prompt)
+        if labels:
+            chosen = [s % labels.n_embed for s in seeds] if classes is None else list(classes)
+            try:
+                prefix = self.encode_to_c(torch.tensor(chosen))
+            except ValueError as e:
+                raise UserError(str(e)) from e
+        elif self.be_unconditional:
             prefix = self.cond_stage_model.encode(seeds)[2][2]
         elif isinstance(self.cond_stage_model, CoordStage):
             h, w = (side * self.cond_stage_model.down_factor for side in self.grid)
@@ -162,7 +176,7 @@ class Net2NetTransformer(TokenModel):
         *,
         seeds: Sequence[int],
         temperature: float = 1.0,
-        top_k: int | None = 100,
+        top_k: int | str | None = "auto",
         top_p: float | None = None,
         callback: Callable[..., Any] | None = None,
     ) -> Tensor:
@@ -171,19 +185,19 @@ class Net2NetTransformer(TokenModel):
         Args:
             cond: from `condition`.
             temperature: 0 takes the most probable token, 1 the model's own distribution.
-            top_k: draw from the k most probable tokens; null from all.
+            top_k: draw from the k most probable tokens; null from all. auto: 100, or all where there are fewer.
             top_p: draw from the most probable tokens that together reach probability p.
             callback: called after each token.
         """
         cond = self.condition(seeds) if cond is None else cond
-        top_k = None if top_k is None else min(top_k, self.first_stage_model.n_embed)
+        top_k = min(TOP_K, self.first_stage_model.n_embed) if top_k == "auto" else top_k
         knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "callback": callback}
         tokens = self.permuter(self.draw_tokens(cond, seeds, **knobs), reverse=True)
         return self.decode_tokens(tokens)
 
     @torch.no_grad()
     def log_images(
-        self, batch: dict[str, Any], n: int = 4, temperature: float = 1.0, top_k: int | None = 100, **_: Any
+        self, batch: dict[str, Any], n: int = 4, temperature: float = 1.0, top_k: int | str | None = "auto", **_: Any
     ) -> dict[str, Tensor]:
         """inputs, reconstructions, samples with the upper half given, from the condition alone, and the most probable
         tokens; conditioning where it is a picture."""

@@ -35,7 +35,7 @@ class StyleGAN2(GAN):
         path_length_interval: updates of the generator per regularisation.
         path_length_shrink: part of the batch that it takes.
         penalty, penalty_weight, penalty_interval: R1 with gamma every 16 updates.
-        ema_decay: 0.5 ** (batch size / images of half-life); it warms up as the official one does, over images seen.
+        ema_decay: 0.5 ** (batch size / images of half-life).
         **gan: further arguments of `GAN`.
     """
 
@@ -100,8 +100,12 @@ class StyleGAN2(GAN):
         return self.generator.mapping(z, self._c(cond), truncation_psi=truncation, truncation_cutoff=cutoff)
 
     def synthesize(self, ws: Tensor, noise_mode: str = "const", randn: SeededNoise | None = None) -> Tensor:
-        """ws [B, num_ws, w_dim] -> images [B, C, H, W] in [-1, 1]."""
-        return self.generator.synthesis(ws, noise_mode=noise_mode, randn=randn).float().clamp(-1, 1)
+        """ws [B, num_ws, w_dim] -> images [B, C, H, W] in [-1, 1].
+
+        In float32 whatever the blocks train in, so that a seed gives the same picture on GPU and CPU.
+        """
+        images = self.generator.synthesis(ws, noise_mode=noise_mode, force_fp32=True, randn=randn)
+        return images.clamp(-1, 1)
 
     @torch.no_grad()
     def sample(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models.autoencoder import VQModelInterface
 from ldm.models.base import BaseModel, Config
 from ldm.models.first_stage import first_stage_of_run
 from ldm.modules.decoding import check_filters, generate
@@ -59,6 +60,11 @@ class TokenModel(BaseModel):
 
     def _check_first_stage(self) -> None:
         stage = self.first_stage_model
+        if isinstance(stage, VQModelInterface):
+            raise UserError(
+                "first_stage_config: VQModelInterface encodes to the vectors before the codebook; expected "
+                "ldm.models.autoencoder.VQModel, which takes the same params and checkpoint"
+            )
         if not hasattr(stage, "decode_code") or not hasattr(stage, "n_embed"):
             raise UserError(
                 f"first_stage_config: {type(stage).__name__} makes no tokens; expected a VQ model "
@@ -112,6 +118,34 @@ class TokenModel(BaseModel):
         super().train(mode)
         self.first_stage_model.eval()
         return self
+
+    def check_sequence(self, condition: int, image: int) -> None:
+        """Raises UserError for more tokens than the transformer has places for; the last one is never read."""
+        n, room = condition + image - 1, self.transformer.block_size
+        if n > room:
+            raise UserError(
+                f"sequence: got {n} tokens ({condition} of the condition, {image} of the image but for the last), "
+                f"expected at most {room} (transformer_config.params.block_size): set it to {n} or more, or make "
+                "condition or image smaller"
+            )
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["token_grid"] = list(self.grid)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError for a transformer of another grid: its weights fit any, and it would draw noise."""
+        super().on_load_checkpoint(checkpoint)
+        h, w = self.grid
+        saved = [int(n) for n in checkpoint.get("token_grid") or (h, w)]  # official files do not say
+        if saved != [h, w]:
+            raise UserError(
+                f"first_stage_config: got a first stage of {h}x{w} tokens a picture, expected "
+                f"{saved[0]}x{saved[1]}, which the transformer of the checkpoint was trained on: give the first stage "
+                "that it was trained with"
+            )
 
     # --- optimiser ----------------------------------------------------------------------------------------------------
 
@@ -219,7 +253,8 @@ class TokenModel(BaseModel):
         `callback(n, tokens [len(seeds), n])` is called after each token.
 
         Raises:
-            UserError: filters that make no sense, or guidance for a model that cannot do without its condition.
+            UserError: filters that make no sense, guidance for a model that cannot do without its condition, or a
+                sequence over the position table.
         """
         h, w = self.grid
         n_codes = self.first_stage_model.n_embed
@@ -227,6 +262,7 @@ class TokenModel(BaseModel):
             check_filters(n_codes, temperature, top_k, top_p)
         except ValueError as e:
             raise UserError(str(e)) from e
+        self.check_sequence(cond["prefix"].shape[1], h * w)
         if scale != 1.0 and cond.get("uncond") is None:
             raise UserError("scale: the model was trained without cond_dropout, so that guidance has nothing to go by")
         if len(cond["prefix"]) != len(seeds):

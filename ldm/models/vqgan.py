@@ -14,7 +14,7 @@ from ldm.models.base import BaseModel, Config
 from ldm.models.first_stage import unprefixed
 from ldm.modules.losses import VQLPIPSWithDiscriminator, measure_perplexity, psnr
 from ldm.modules.quantize import GumbelQuantize
-from ldm.util import instantiate_from_config
+from ldm.util import UserError, instantiate_from_config
 
 
 class GumbelVQ(VQModel):
@@ -25,6 +25,11 @@ class GumbelVQ(VQModel):
         temperature_scheduler_config: `{target, params}` of an object called with the update, giving the temperature
             (`ldm.lr_scheduler.LambdaWarmUpCosineScheduler`, ...); None keeps 1.
         kl_weight: weight of KL(q(code | x), uniform).
+        remap, quantizer_config: of `VQModel` alone; None.
+
+    Raises:
+        UserError: remap or quantizer_config.
+        ValueError: another embed_dim.
     """
 
     def __init__(
@@ -37,10 +42,18 @@ class GumbelVQ(VQModel):
         kl_weight: float = 1e-8,
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
+        remap: str | None = None,
+        quantizer_config: Config | None = None,
         **base: Any,
     ) -> None:
         if embed_dim != ddconfig["z_channels"]:
             raise ValueError(f"embed_dim: got {embed_dim}, expected ddconfig.z_channels ({ddconfig['z_channels']})")
+        for name, value in (("remap", remap), ("quantizer_config", quantizer_config)):
+            if value is not None:
+                raise UserError(
+                    f"{name}: got {value}, expected none: {type(self).__name__} has all codes of its Gumbel-softmax "
+                    "and no other; leave it out, or take ldm.models.autoencoder.VQModel"
+                )
         super().__init__(ddconfig, lossconfig, n_embed, embed_dim, **base)
         self.quantize = GumbelQuantize(embed_dim, embed_dim, n_embed=n_embed, kl_weight=kl_weight)
         self.temperature_scheduler = (

@@ -79,6 +79,30 @@ class SOSProvider(nn.Module):
         return c, None, (None, None, c)
 
 
+class Labelator(nn.Module):
+    """Classes as they are: one token.
+
+    Args:
+        n_classes: tokens.
+        quantize_interface: answer as a VQ model does; else the tokens alone.
+    """
+
+    def __init__(self, n_classes: int, quantize_interface: bool = True) -> None:
+        super().__init__()
+        self.n_embed, self.quantize_interface = n_classes, quantize_interface
+
+    def encode(self, c: Tensor) -> Encoded | Tensor:
+        """Classes int64 [B] -> tokens [B, 1].
+
+        Raises:
+            ValueError: a class outside 0 .. n_classes - 1.
+        """
+        if len(c) and (int(c.min()) < 0 or int(c.max()) >= self.n_embed):
+            raise ValueError(f"classes: got {int(c.min())} to {int(c.max())}, expected 0 to {self.n_embed - 1}")
+        tokens = c.long()[:, None]
+        return (tokens, None, (None, None, tokens)) if self.quantize_interface else tokens
+
+
 class Identity(nn.Module):
     """Image tokens in raster order. Other orders are modules with the same call."""
 

@@ -16,7 +16,7 @@ def check_filters(n: int, temperature: float = 1.0, top_k: int | None = None, to
     """Raises ValueError for a filter that makes no sense over `n` tokens."""
     if temperature < 0:
         raise ValueError(f"temperature: got {temperature}, expected 0 (the most probable token) or more")
-    if top_k is not None and not 1 <= top_k <= n:
+    if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= n):
         raise ValueError(f"top_k: got {top_k}, expected 1 to {n}, the number of tokens to choose from")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: got {top_p}, expected a probability above 0")

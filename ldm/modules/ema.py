@@ -19,18 +19,29 @@ class LitEma(nn.Module):
     The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates; without `use_num_upates` (the spelling is
     that of the official argument) it is constant and `num_updates` is -1.
 
+    With `rampup` it warms up as StyleGAN2-ADA's does: the half-life is at most that share of the training so far,
+    0.5 ** (1 / min(log 0.5 / log decay, rampup n)) after n earlier updates, so 0 at first. There both are counted in
+    images; a constant batch size cancels.
+
     `ema(model)` after an optimiser step moves the shadow; `with ema.swapped(model):` uses it.
-    Raises ValueError for a decay outside [0, 1], where two parameters would get one buffer name, and for a model
-    without the parameters that are held.
+    Raises ValueError for a decay outside [0, 1], a rampup that is not positive or has no updates to count, where two
+    parameters would get one buffer name, and for a model without the parameters that are held.
     """
 
     decay: Tensor
     num_updates: Tensor
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True, rampup: float | None = None
+    ) -> None:
         super().__init__()
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"got decay={decay}, expected a value in [0, 1]")
+        if rampup is not None and (rampup <= 0 or not use_num_upates):
+            raise ValueError(
+                f"got rampup={rampup} and use_num_upates={use_num_upates}, expected a positive number and True"
+            )
+        self.rampup = rampup
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(0 if use_num_upates else -1, dtype=torch.int32))
         self._n, self._decay, self._seen = 0 if use_num_upates else -1, decay, self._versions()
@@ -68,11 +79,18 @@ class LitEma(nn.Module):
             self._n, self._decay = int(self.num_updates), float(self.decay)
         decay = self._decay
         if self._n >= 0:
+            decay = self._warmed_up(decay)
             self._n += 1
             self.num_updates.add_(1)
-            decay = min(decay, (1 + self._n) / (10 + self._n))
         self._seen = self._versions()
         return decay
+
+    def _warmed_up(self, decay: float) -> float:
+        """The decay of the update after the `_n` that were counted."""
+        if self.rampup is None:
+            return min(decay, (2 + self._n) / (11 + self._n))
+        longest = self.rampup * self._n
+        return 0.0 if longest == 0 else min(decay, 0.5 ** (1 / longest))
 
     def _pairs(self, model: nn.Module) -> tuple[list[nn.Parameter], list[Tensor]]:
         """The model's parameters and their shadows, in the order of construction."""

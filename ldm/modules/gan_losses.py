@@ -244,7 +244,7 @@ class PathLength(nn.Module):
         y = torch.randn_like(images) if noise is None else noise
         # the scale makes lengths comparable between resolutions
         (grad,) = torch.autograd.grad((images * y).sum() / math.sqrt(images[0, 0].numel()), ws, create_graph=True)
-        lengths = grad.square().sum(2).mean(1).sqrt()  # [B]
+        lengths = grad.float().square().sum(2).mean(1).sqrt()  # [B]; ws, and with it grad, is half under autocast
         mean = self.mean.lerp(lengths.detach().mean(), self.decay)
         self.mean.copy_(mean)
         return (lengths - mean).square().mean()

@@ -94,7 +94,8 @@ class MappingNetwork(nn.Module):
             x = getattr(self, f"fc{i}")(x)
         has_mean = hasattr(self, "w_avg")
         if update_emas and has_mean:
-            self.w_avg.copy_(x.detach().mean(0).lerp(self.w_avg, self.w_avg_beta))
+            mean = x.detach().mean(0).to(self.w_avg)  # x is half under autocast
+            self.w_avg.copy_(mean.lerp(self.w_avg, self.w_avg_beta))
         if truncation_psi != 1 and not has_mean:
             raise ValueError(f"truncation_psi: got {truncation_psi}, expected 1 for a mapping without w_avg")
         if self.num_ws is None:

@@ -23,12 +23,12 @@ def stylegan_run(folder, *extra):
     return only_run(folder)
 
 
-def gan_run(folder):
+def gan_run(folder, *extra):
     """A DCGAN of 16x16 digits after two steps."""
     argv = ["-t", "-b", config("configs/gan/dcgan_digits.yaml"), "-l", folder, "--max_steps", 2, "--no-test", *QUICK]
     argv += ["data.params.batch_size=4", "data.params.size=16", *SMALL[-2:]]
     argv += [f"model.params.{p}_config.params.channels=8" for p in ("generator", "discriminator")]
-    assert run_main(*argv) == 0
+    assert run_main(*argv, *extra) == 0
     return only_run(folder)
 
 

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from imageio_ffmpeg import count_frames_and_secs
 from PIL import Image
 
 from ldm import stylegan_pickle
@@ -162,6 +163,31 @@ def test_interpolation_movies(which, request, tmp_path):
     assert call(sample, sample.draw, "-r", path, "--seeds", "1,4", "--interpolate", out) == 0
     with Image.open(out) as movie:
         assert movie.n_frames > 5  # of 48: equal ones in a row are one that lasts longer
+
+
+def test_interpolation_as_mp4(run, tmp_path, capsys):
+    out = tmp_path / "a/walk.mp4"
+    assert call(sample, sample.draw, "-r", run, "--seeds", "1,4", "--interpolate", out) == 0
+    assert f"48 frames in {out}" in capsys.readouterr().out
+    data = out.read_bytes()
+    assert data[4:8] == b"ftyp" and b"moov" in data
+    frames, seconds = count_frames_and_secs(str(out))
+    assert frames == 48 and seconds > 1
+
+
+def test_a_run_ends_with_its_film_strip(tmp_path):
+    """One grid of the same seeds per interval, from left to right in one picture."""
+    often = ["lightning.callbacks.image_logger.params.disabled=false"]
+    often += ["lightning.callbacks.image_logger.params.batch_frequency=1"]
+    path = gan_run(tmp_path, *often)
+    grids = sorted((path / "images/train").glob("samples_gs-*.png"))
+    strip, first = Image.open(path / "images/film_strip.png"), Image.open(grids[0])
+    assert len(grids) >= 2
+    assert strip.size == (len(grids) * (first.width + 6) - 6, first.height + 14)  # gaps, and a line for the steps
+    for i, grid in enumerate(grids):
+        left = i * (first.width + 6)
+        part = strip.crop((left, 14, left + first.width, strip.height))
+        assert np.array_equal(np.asarray(part), np.asarray(Image.open(grid).convert("RGB")))
 
 
 def test_faults_of_sample(run, plain, tmp_path, capsys):

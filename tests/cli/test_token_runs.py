@@ -83,6 +83,22 @@ def test_the_prompt_decides(name, runs, pictures, tmp_path):
     assert (pixels(next((tmp_path / "again/samples").glob("*.png"))) == pixels(drawn[2])).all()
 
 
+def test_the_picture_grows(runs, tmp_path, monkeypatch):
+    """After each four of the sixteen tokens preview.png holds as many rows as there are."""
+    from scripts import common
+
+    seen, write = [], common.write_preview
+    monkeypatch.setattr(
+        common, "write_preview", lambda outdir, x: (write(outdir, x), seen.append(pixels(outdir / "preview.png")))
+    )
+    argv = ["-r", runs["gpt"], "-n", 1, "--class", 0, "--outdir", tmp_path, "--preview", 4]
+    assert run_script("sample.py", argv) == 0
+    whole = pixels(tmp_path / "00000.png")
+    assert len(seen) == 4
+    for rows, picture in enumerate(seen, 1):
+        assert (picture[:rows] == whole[:rows]).all() and (picture[rows:] == 0).all()
+
+
 def test_a_picture_is_gone_on_with(runs, pictures, tmp_path):
     argv = ["-r", runs["gpt"], "-n", 3, "--prime", pictures / "top.png", "--outdir", tmp_path]
     assert run_script("sample.py", argv) == 0
@@ -115,6 +131,20 @@ def test_faults(runs, pictures, tmp_path, capfd):
     assert "rerank: got none in" in error and "CogView needs none" in error
     error = fails("sample.py", "-r", runs["cogview"], "-n", 1, "--prompt", "top", "--set", "upscale=true", *out)
     assert "trained without upscale_share" in error
+
+
+def test_a_position_table_that_is_too_small(pictures, tmp_path, capfd):
+    transformer = "{target: ldm.modules.gpt.GPT, params: {vocab_size: 4, block_size: 10, n_head: 2, n_embd: 8}}"
+    text = YAML.format(
+        recipe="net2net.Net2NetTransformer", more="cond_stage_config: __is_unconditional__", root=pictures
+    )
+    text = text.replace("{params: {n_layer: 2, n_head: 2, n_embd: 32}}", transformer)
+    (tmp_path / "a.yaml").write_text(text)
+    assert run_main("-t", "-b", tmp_path / "a.yaml", "-l", tmp_path / "logs", *QUICK, "--no-test") == 2
+    error = capfd.readouterr().err
+    assert "Traceback" not in error and error.count("error: ") == 1
+    assert "got 16 tokens (1 of the condition, 16 of the image" in error
+    assert "at most 10 (transformer_config.params.block_size): set it to 16" in error
 
 
 def test_the_vocabulary_is_in_the_checkpoint(runs):

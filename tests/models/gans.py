@@ -2,6 +2,7 @@
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.models.gan import GAN
@@ -36,6 +37,26 @@ def loader(batch_size=8, **kwargs):
 def trainer(path, **kwargs):
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
     return pl.Trainer(default_root_dir=path, enable_checkpointing=False, num_sanity_val_steps=0, **{**quiet, **kwargs})
+
+
+def scaled_trainer(path, precision, device="cpu", **kwargs):
+    """One of three steps; 16-mixed has a scaler, which Lightning makes for GPUs only."""
+    if precision != "16-mixed":
+        return trainer(path, max_steps=3, precision=precision, **kwargs)
+    scaler = torch.amp.GradScaler(device, init_scale=4.0)
+    return trainer(path, max_steps=3, plugins=MixedPrecision("16-mixed", device, scaler), **kwargs)
+
+
+def spoil_loss(monkeypatch, model, player):
+    """Makes the loss of one player NaN."""
+    name = f"{player}_loss"
+    loss_of = getattr(model, name)
+
+    def spoilt(batch):
+        loss, logs = loss_of(batch)
+        return loss * float("nan"), logs
+
+    monkeypatch.setattr(model, name, spoilt)
 
 
 def small_gan(size=8, conditioning=None, norm="none", lr=2e-3, **params):

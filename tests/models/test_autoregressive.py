@@ -11,8 +11,9 @@ from ldm import checkpoint
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.models.autoregressive import DALLE, ImageGPT
 from ldm.models.cogview import CogView
+from ldm.models.dvae import DVAE
 from ldm.models.net2net import Net2NetTransformer
-from ldm.models.vqgan import VQNoDiscModel
+from ldm.models.vqgan import GumbelVQ, VQNoDiscModel
 from ldm.util import UserError, instantiate_from_config
 from tests.models.halves import PIXELS, TINY, fit, halves, text_model
 from tests.reference import FIXTURES
@@ -147,13 +148,86 @@ def test_net2net_conditions():
     batch = {**coord_batch(), "objects_bbox": torch.randint(16, (2, 5))}
     assert torch.equal(boxes.encode_to_c(boxes.get_input(batch, "objects_bbox")), batch["objects_bbox"])
     assert torch.isfinite(boxes.loss(batch)[0])
+    labels = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 10}}
+    classes = net2net(cond_stage_config=labels, cond_stage_key="class_label").eval()
+    batch = {**coord_batch(), "class_label": torch.tensor([3, 7])}
+    assert classes.encode_to_c(classes.get_input(batch, "class_label")).tolist() == [[3], [7]]
+    assert torch.isfinite(classes.loss(batch)[0]) and set(classes.log_images(batch, n=2)) >= {"samples_nopix"}
+    assert classes.condition([0, 11])["prefix"].tolist() == [[0], [1]]
+    assert classes.condition([0], classes=[4])["prefix"].tolist() == [[4]]
+    with pytest.raises(UserError, match="got 10 to 10, expected 0 to 9"):
+        classes.condition([0], classes=[10])
     with pytest.raises(UserError, match="draws from batch\\['objects_bbox'\\]"):
         boxes.condition([0])
     with pytest.raises(UserError, match="takes no class"):
         start.condition([0], classes=[1])
+    continuous = {**VQ, "target": "ldm.models.autoencoder.VQModelInterface"}
+    with pytest.raises(UserError, match="expected ldm.models.autoencoder.VQModel, which takes the same params"):
+        net2net(first_stage_config=continuous)
     config = {"target": "ldm.modules.gpt.GPT", "params": {"vocab_size": 8, "block_size": 128, "n_head": 2, "n_embd": 8}}
     with pytest.raises(UserError, match="vocab_size: got 8, expected at least 16"):
         net2net(transformer_config=config)
+
+
+def with_block_size(n):
+    params = {"vocab_size": 16, "block_size": n, "n_layer": 1, "n_head": 2, "n_embd": 8}
+    return {"target": "taming.modules.transformer.mingpt.GPT", "params": params}
+
+
+def test_net2net_sequences_over_the_position_table():
+    for wrong in (100, 126):  # 64 places and 64 tokens, of which the last is not read
+        model = net2net(transformer_config=with_block_size(wrong))
+        message = (
+            f"got 127 tokens \\(64 .* 64 .*at most {wrong} \\(transformer_config.params.block_size\\): set it to 127"
+        )
+        with pytest.raises(UserError, match=message):
+            model.loss(coord_batch())
+        with pytest.raises(UserError, match=message):
+            model.eval().sample(seeds=[0])
+    model = net2net(transformer_config=with_block_size(127))
+    assert model.loss(coord_batch())[0].isfinite() and model.eval().sample(seeds=[0]).shape == (1, 3, 16, 16)
+
+
+def test_net2net_top_k():
+    model = net2net().eval()  # of 16 codes, fewer than the default of 100
+    every = model.sample(seeds=[0])
+    assert torch.equal(model.sample(seeds=[0], top_k=16), every) and torch.equal(
+        model.sample(seeds=[0], top_k=None), every
+    )
+    for wrong in (17, 100, 0, "many"):
+        with pytest.raises(UserError, match=f"top_k: got {wrong}, expected 1 to 16"):
+            model.sample(seeds=[0], top_k=wrong)
+    many = {**VQ, "params": {**VQ["params"], "n_embed": 300}}
+    params = {**with_block_size(128)["params"], "vocab_size": 300}
+    model = net2net(first_stage_config=many, transformer_config={"target": "ldm.modules.gpt.GPT", "params": params})
+    asked, model.draw_tokens = [], lambda *a, **knobs: asked.append(knobs["top_k"]) or torch.zeros(1, 64).long()
+    for given in ({}, {"top_k": 200}, {"top_k": None}):
+        model.sample(seeds=[0], **given)
+    assert asked == [100, 200, None]
+
+
+def test_net2net_pictures_of_another_grid():
+    model = net2net(transformer_config=with_block_size(512))
+    large = {"image": torch.zeros(1, 32, 32, 3), "coord": torch.zeros(1, 32, 32, 1)}
+    with pytest.raises(UserError, match="images of 32x32 pixels give 16x16 tokens, but the model was built for 8x8"):
+        model.loss(large)
+
+
+def test_checkpoints_know_their_grid():
+    def of(resolution):
+        ddconfig = {**VQ["params"]["ddconfig"], "resolution": resolution}
+        stage = {**VQ, "params": {**VQ["params"], "ddconfig": ddconfig}}
+        rotary = {"params": {"n_layer": 1, "n_head": 2, "n_embd": 16, "positions": "rotary"}}
+        return ImageGPT(stage, rotary)
+
+    one, other, content = of(16), of(32), {}
+    one.on_save_checkpoint(content)
+    checkpoint.load(other, one.state_dict())  # no weight depends on the grid
+    one.on_load_checkpoint(content)
+    with pytest.raises(UserError, match="got a first stage of 16x16 tokens a picture, expected 8x8"):
+        other.on_load_checkpoint(content)
+    del content["token_grid"]
+    other.on_load_checkpoint(content)  # official files, and older ones, do not say
 
 
 def test_weight_decay_is_for_matrices_alone():
@@ -298,14 +372,52 @@ def test_prompts_and_their_faults(cls):
         strict.sample(strict.condition([0], prompts=["top"]), seeds=[0], scale=3.0)
 
 
-def test_training_learns_the_vocabulary_first(tmp_path):
+@pytest.mark.parametrize("cls", [DALLE, CogView])
+def test_empty_prompts_are_told(cls):
+    model = text_model(cls).eval()
+    for prompts in ([""], ["top", " "]):
+        with pytest.warns(UserWarning, match="empty prompt: the picture is drawn without a condition") as said:
+            cond = model.condition([0, 1], prompts=prompts)
+        assert len(said) == 1 and torch.equal(cond["prefix"][1], cond["uncond"][1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.condition([0, 1])  # nobody gave one
+        model.condition([0, 1], prompts=["bright top"], negative_prompt="")
+
+
+def listed_halves(folder, captions):
+    """The config of a data set of the four pictures with these captions."""
     lines = []
-    for i, (x, text) in enumerate(zip(halves()["image"], halves()["caption"], strict=True)):
-        Image.fromarray(((x[..., 0] + 1) * 127.5).byte().numpy()).save(tmp_path / f"{i}.png")
+    for i, (x, text) in enumerate(zip(halves()["image"], captions, strict=True)):
+        Image.fromarray(((x[..., 0] + 1) * 127.5).byte().numpy()).save(folder / f"{i}.png")
         lines.append(f"{i}.png\t{text}")
-    (tmp_path / "list.txt").write_text("\n".join(lines))
-    params = {"paths": str(tmp_path / "list.txt"), "data_root": str(tmp_path), "size": 4, "channels": 1}
-    data = {"target": "ldm.data.filelist.FileList", "params": params}
+    (folder / "list.txt").write_text("\n".join(lines))
+    params = {"paths": str(folder / "list.txt"), "data_root": str(folder), "size": 4, "channels": 1}
+    return {"target": "ldm.data.filelist.FileList", "params": params}
+
+
+@pytest.mark.parametrize("cls", [DALLE, CogView])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_empty_captions_of_a_model_without_dropout_are_told(cls, dropout, tmp_path):
+    data = listed_halves(tmp_path, ["bright left", "", "bright top", ""])
+    model = text_model(cls, cond_dropout=dropout)
+    model.learning_rate = 1e-3
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(max_steps=1, default_root_dir=tmp_path, enable_model_summary=False, **options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.fit(model, DataModuleFromConfig(2, data, data, num_workers=0))
+    told = [str(w.message) for w in said if "empty caption" in str(w.message)]
+    assert len(told) == (dropout == 0)
+    if told:
+        assert (
+            f"2 of 4 training pictures have an empty caption, e.g. {tmp_path / '1.png'}: without cond_dropout"
+            in told[0]
+        )
+
+
+def test_training_learns_the_vocabulary_first(tmp_path):
+    data = listed_halves(tmp_path, halves()["caption"])
     model = DALLE(PIXELS, TINY, text_vocab=265, text_length=12, cache_codes=True)
     model.learning_rate = 1e-3
     options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -323,7 +435,21 @@ def test_training_learns_the_vocabulary_first(tmp_path):
         pl.Trainer(max_steps=1, default_root_dir=tmp_path, enable_model_summary=False, **options).fit(bare, loader)
 
 
-# --- VQNoDiscModel ----------------------------------------------------------------------------------------------------
+# --- GumbelVQ and VQNoDiscModel ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option", [{"remap": "used.npy"}, {"quantizer_config": {"target": "ldm.modules.quantize.FSQ"}}]
+)
+def test_gumbel_codes_are_all_there_are(option):
+    (name,) = option
+    for cls in (GumbelVQ, DVAE):
+        params = {k: v for k, v in VQ["params"].items() if k != "lossconfig" or cls is GumbelVQ}
+        with pytest.raises(
+            UserError, match=f"{name}: got .*used.npy|{name}: got .*FSQ.*, expected none: {cls.__name__}"
+        ):
+            cls(**params, **option)
+        assert cls(**params, **dict.fromkeys(option)).n_embed == 16
 
 
 def test_vq_model_without_a_discriminator(tmp_path):

@@ -38,6 +38,42 @@ def test_cogview_directions():
     assert set(captioning.loss(halves())[1]) == {"loss", "caption_text", "caption_image"}
 
 
+def test_cogview_loss_is_the_weighted_sum_of_both_parts():
+    model = text_model(CogView, cond_dropout=0.0, text_weight=2.0, image_weight=3.0).eval()
+    for p in model.transformer.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    loss, logs = model.loss(halves())
+    rows, z = model.text_rows(halves()["caption"]), model.image_tokens(halves())
+    roi, base, boi, eoi = (torch.full((4, 1), 270 + i) for i in (1, 2, 3, 4))
+    # the end of a text is its first end token (270): what fills the rest is not learned
+    length = (rows != 270).sum(1)
+    learned = torch.arange(6) <= length[:, None]
+    assert not learned.all() and rows[learned].eq(270).sum() == 4
+
+    def of_text(logits):
+        return F.cross_entropy(logits[..., :271][learned], rows[learned])
+
+    def of_image(logits):
+        return F.cross_entropy(logits[..., 275:].flatten(0, 1), z.flatten())
+
+    drawn = model.transformer(torch.cat([roi, rows, base, boi, z + 275], 1)[:, :-1])[0]
+    draw = {"draw_text": of_text(drawn[:, :6]), "draw_image": of_image(drawn[:, 8:])}
+    told = torch.cat([base, boi, z + 275, eoi, roi, rows], 1)[:, :-1]
+    told = model.transformer.logits(model.transformer.features(told, image_start=2))
+    caption = {"caption_image": of_image(told[:, 1:17]), "caption_text": of_text(told[:, 19:])}
+    for name, value in (draw | caption).items():
+        torch.testing.assert_close(logs[name], value)
+    directions = [(2 * d["text"] + 3 * d["image"]) / 5 for d in (parts(draw), parts(caption))]
+    torch.testing.assert_close(loss, sum(directions) / 2)  # both directions of every picture
+    one = text_model(CogView, cond_dropout=0.0, caption_share=0.0, text_weight=1.0, image_weight=0.0).eval()
+    one.transformer.load_state_dict(model.transformer.state_dict())
+    torch.testing.assert_close(one.loss(halves())[0], (draw["draw_text"] + caption["caption_text"]) / 2)
+
+
+def parts(logs):
+    return {name.rpartition("_")[2]: value for name, value in logs.items()}
+
+
 def test_text_likelihood_is_the_chain_rule():
     model = text_model(CogView).eval().double()
     z = model.image_tokens(halves())[:1]

@@ -1,5 +1,6 @@
 """The GAN recipe: every loss and penalty trains, classes reach both players, the score is kept, faults are named."""
 
+import math
 import warnings
 
 import numpy as np
@@ -7,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.callbacks import NaNGuard
 from ldm.models.game import Game, film_strip
 from ldm.models.gan import GAN
 from ldm.modules import gan_losses
 from ldm.modules.ada import AdaptiveAugment, DiffAugment
 from ldm.util import UserError
-from tests.models.gans import Blobs, loader, small_gan, trainer
+from tests.models.gans import Blobs, loader, scaled_trainer, small_gan, spoil_loss, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +124,40 @@ def test_auxiliary_classifiers_are_trained_by_both():
         torch.manual_seed(1)
         without, _ = getattr(free, name)(batch())
         assert with_classes > without + 0.1  # 2 log 2 at the start
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_auxiliary_classifier_of_the_discriminator_is_asked_about_real_and_generated_pictures(classes):
+    """Odena et al. 2017, equation 3: with uniform class logits each picture costs log K, in D twice, in G once."""
+    params = {"conditioning": "auxiliary", "cond_stage_key": "class_label", "num_classes": classes}
+    model, free = (small_gan(**params, class_weight=w).train() for w in (3.0, 0.0))
+    for m in (model, free):
+        torch.nn.init.zeros_(m.discriminator.classes.weight)
+        torch.nn.init.zeros_(m.discriminator.classes.bias)
+    for name, times in (("generator_loss", 1), ("discriminator_loss", 2)):
+        torch.manual_seed(1)
+        with_classes, _ = getattr(model, name)(batch())
+        torch.manual_seed(1)
+        without, _ = getattr(free, name)(batch())
+        assert torch.isclose(with_classes - without, torch.tensor(times * 3.0 * math.log(classes)), atol=1e-5)
+
+
+def test_the_two_class_losses_of_the_discriminator_are_those_of_their_pictures(monkeypatch):
+    """Real pictures are read right with probability 3/4, generated ones with 1/4: log 4/3 + log 4."""
+    params = {"conditioning": "auxiliary", "cond_stage_key": "class_label", "num_classes": 2}
+    model, data = small_gan(**params).train(), batch()
+    right = torch.nn.functional.one_hot(data["class_label"], 2) * math.log(3)
+    real = data["image"].permute(0, 3, 1, 2)
+
+    def with_classes(images):
+        sign = 1 if torch.equal(images, real) else -1
+        return torch.zeros(len(images), 1, requires_grad=True), sign * right
+
+    monkeypatch.setattr(model.discriminator, "with_classes", with_classes)
+    loss, _ = model.discriminator_loss(data)
+    assert torch.isclose(loss, torch.tensor(2 * math.log(2) + math.log(4 / 3) + math.log(4)))
+    loss, _ = model.generator_loss(data)
+    assert torch.isclose(loss, torch.tensor(math.log(2) + math.log(4)))
 
 
 def test_a_class_that_is_not_there():
@@ -270,6 +306,28 @@ def test_nan_stops_and_says_where(tmp_path, player):
     with pytest.raises(UserError, match=f"the {player}'s gradient is not finite at step 0"):
         trainer(tmp_path, max_steps=3).fit(model, loader())
     assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize("player", ["generator", "discriminator"])
+def test_a_loss_that_is_nan_names_its_player(tmp_path, monkeypatch, player, precision):
+    model = small_gan(use_ema=False)
+    spoil_loss(monkeypatch, model, player)
+    with pytest.raises(UserError, match=f"^the loss is not finite at step 0, batch 0: the {player}'s; the last good"):
+        scaled_trainer(tmp_path, precision, callbacks=[NaNGuard()]).fit(model, loader())
+
+
+@pytest.mark.parametrize("player", ["generator", "discriminator"])
+def test_a_checkpoint_is_not_written_after_a_loss_that_is_nan(player):
+    """On a GPU a loss is read late: whoever asks first, the guard or the checkpoint, hears the player's name."""
+    model, guard = small_gan(), NaNGuard()
+    for ask in (lambda: guard.on_save_checkpoint(None, model, {}), lambda: model.on_save_checkpoint({})):
+        model._last_loss = (player, torch.tensor(float("inf")), "step 7, batch 3")
+        guard._previous = (torch.tensor(False), 7, 3)
+        with pytest.raises(
+            UserError, match=f"^the loss is not finite at step 7, batch 3: the {player}'s; the last good"
+        ):
+            ask()
 
 
 def test_few_images_warn(tmp_path):

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm import checkpoint
+from ldm import checkpoint, editing, inversion
 from ldm.generate import split_knobs
 from ldm.models.stylegan2 import StyleGAN2
 from ldm.modules import gan_losses
+from ldm.modules.stylegan2_layers import Block
 from ldm.util import SeededNoise, UserError
-from tests.models.gans import Blobs, loader, small_stylegan, stylegan_config, trainer
+from tests.models.gans import Blobs, loader, scaled_trainer, small_stylegan, spoil_loss, stylegan_config, trainer
 
 CLASSES = {"cond_stage_key": "class_label", "num_classes": 2}
 
@@ -85,6 +86,15 @@ def test_styles_mix_in_training_only():
     assert not any(mixed(model.train().styles(8, None)))
 
 
+def test_the_average_ramps_up_as_in_stylegan2_ada(tmp_path):
+    """Half-life = min(its own, 0.05 of the images seen): the first updates copy the generator."""
+    model = small_stylegan(ema_decay=0.999, ema_rampup=0.05)
+    assert model.model_ema.rampup == 0.05 and small_stylegan().model_ema.rampup is None
+    trainer(tmp_path, max_steps=2).fit(model, loader(size=16))
+    expected = model.generator.synthesis.b4.const  # 0.5 ** (1 / 0.05) of the weights before is not to be seen
+    assert torch.allclose(model.model_ema.synthesisb4const, expected, atol=1e-7)
+
+
 def test_the_average_is_of_the_generator_and_moves_fast_at_first(tmp_path):
     model = small_stylegan(ema_decay=0.999)
     start = model.generator.synthesis.b4.const.detach().clone()
@@ -96,11 +106,33 @@ def test_the_average_is_of_the_generator_and_moves_fast_at_first(tmp_path):
 
 
 @pytest.mark.parametrize("player", ["generator", "discriminator"])
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_a_loss_that_is_nan_names_its_player(tmp_path, monkeypatch, player, precision):
+    model = small_stylegan()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    spoil_loss(monkeypatch, model, player)
+    with pytest.raises(UserError, match=f"^the loss is not finite at step 0, batch 0: the {player}'s; the last good"):
+        scaled_trainer(tmp_path, precision).fit(model, loader(size=16))
+    # the one whose turn it was has not moved
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n.startswith(player))
+
+
+@pytest.mark.parametrize("player", ["generator", "discriminator"])
 def test_nan_stops_and_says_where(tmp_path, player):
     model = small_stylegan()
     next(getattr(model, player).parameters()).register_hook(lambda g: g * float("nan"))
     with pytest.raises(UserError, match=f"the {player}'s gradient is not finite"):
         trainer(tmp_path, max_steps=2).fit(model, loader(size=16))
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_lightnings_mixed_precision_trains(tmp_path, precision):
+    """Autocast makes w half; its running mean and that of the path lengths stay in float32."""
+    model = small_stylegan(path_length_interval=1, penalty_interval=1)
+    scaled_trainer(tmp_path, precision).fit(model, loader(size=16))
+    assert model.updates == 3
+    for mean in (model.generator.mapping.w_avg, model.path_length.mean):
+        assert mean.dtype == torch.float32 and torch.isfinite(mean).all() and mean.abs().max() > 0
 
 
 def test_low_precision_blocks_train(tmp_path):
@@ -111,6 +143,41 @@ def test_low_precision_blocks_train(tmp_path):
     model.learning_rate = 1e-3
     trainer(tmp_path, max_steps=2).fit(model, loader(size=16))
     assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("fp16_dtype", ["bfloat16", "float16"])
+def test_low_precision_is_for_training_only(fp16_dtype, monkeypatch):
+    """Blocks train as configured; sampling, walking, dragging and inverting run in float32, on GPUs too."""
+    torch.manual_seed(0)
+    model = StyleGAN2(**stylegan_config(num_fp16_res=2, fp16_dtype=fp16_dtype)).eval()
+    plain = small_stylegan().eval()
+    plain.generator.load_state_dict(model.generator.state_dict())
+    g, ws = model.generator, model.latents(None, SeededNoise([3]))
+    used, dtype_on = [], Block.dtype_on
+
+    def as_on_a_gpu(self, device, force_fp32):
+        used.append(dtype_on(self, torch.device("cuda"), force_fp32))
+        return torch.float32  # the CPU has no fast float16
+
+    handles, targets = torch.tensor([[4.0, 4.0]]), torch.tensor([[12.0, 4.0]])
+    draws = {
+        "sample": lambda m: m.sample(seeds=[3]),
+        "interpolate": lambda m: next(m.interpolate(seeds=[3, 4])),
+        "features": lambda m: editing.features_at(m.generator, ws, 16)[0],
+        "picture": lambda m: editing.picture(*editing.start(m.generator, ws, handles, targets)),
+        "render": lambda m: inversion.render(m.generator, ws),
+    }
+    for name, draw in draws.items():
+        assert torch.equal(draw(model), draw(plain)), name  # bfloat16 would run, and differ, on the CPU
+        with monkeypatch.context() as patch:
+            patch.setattr(Block, "dtype_on", as_on_a_gpu)
+            draw(model)
+        assert used and set(used) == {torch.float32}, name
+        used.clear()
+    monkeypatch.setattr(Block, "dtype_on", as_on_a_gpu)
+    model.train().fake(2, None)
+    low = getattr(torch, fp16_dtype)
+    assert used == [torch.float32, low, low] and g.synthesis.b16.use_fp16  # 4, 8 and 16 pixels
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------

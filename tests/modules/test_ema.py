@@ -1,6 +1,7 @@
 """LitEma: official numbers and names, precision, and that it always gives the raw weights back."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,32 @@ def test_warm_up_starts_again():
         model[0].weight.add_(1.0)
     ema(model)
     torch.testing.assert_close(ema.get_buffer("0weight"), before.lerp(model[0].weight, 1 - 2 / 11))
+
+
+@pytest.mark.parametrize(("decay", "half_life"), [(0.9, 6.578813), (0.999, 692.8005), (0.0, 0.0), (1.0, math.inf)])
+def test_ramp_up_of_stylegan2_ada(decay, half_life):
+    """beta = 0.5 ** (batch / max(half-life, 1e-8)), half-life = min(its own, 0.05 of the images seen), in images."""
+    batch, seen = 32, 0
+    model = nn.Linear(3, 1, bias=False)
+    ema = LitEma(model, decay=decay, rampup=0.05)
+    expected = ema.weight.clone()
+    for step in range(1, 300):
+        with torch.no_grad():
+            model.weight.fill_(float(step))
+        ema(model)
+        beta = 0.5 ** (batch / max(min(batch * half_life, seen * 0.05), 1e-8))
+        expected, seen = beta * expected + (1 - beta) * step, seen + batch
+        torch.testing.assert_close(ema.weight, expected, rtol=1e-5, atol=1e-6)
+    assert int(ema.num_updates) == 299
+    again = LitEma(model, decay=decay, rampup=0.05)
+    again.load_state_dict(ema.state_dict())
+    assert again._next_decay() == pytest.approx(ema._next_decay())
+
+
+@pytest.mark.parametrize("options", [{"rampup": 0.0}, {"rampup": -1.0}, {"rampup": 0.05, "use_num_upates": False}])
+def test_ramp_up_that_cannot_be(options):
+    with pytest.raises(ValueError, match=f"got rampup={options['rampup']}"):
+        LitEma(net(), **options)
 
 
 def test_names_that_collide_without_dots():
