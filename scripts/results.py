@@ -28,12 +28,14 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "minutes": (int, float),
     "commit": str,
 }
+CORES = "cores"  # optional: of the training, where there were not two
 # metric -> how its value is said; {n} is the number of pictures it was measured on
 SENTENCES = {
     "class_agreement": "{value:.1%} of {n:,} drawn pictures are read as the class asked for",
     "acc1": "{value:.1%} of {n:,} test pictures are right",
     "caption_fidelity": "{value:.1%} of {n:,} captions give the drawing they name",
     "elbo": "ELBO of {n:,} test pictures: {value:.1f} nats",
+    "fid": "FID of {n:,} drawn pictures, in the features of the data set's classifier: {value:.2f}",
     "psnr": "PSNR of {n:,} reconstructions: {value:.1f} dB",
     "miou": "mean IoU of {n:,} test pictures: {value:.1%}",
 }
@@ -65,11 +67,13 @@ def read_row(path: Path) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f"{path} must be an object with the keys {', '.join(KEYS)}, got {type(row).__name__}")
     for key in row:
-        if key not in KEYS:
+        if key not in (*KEYS, CORES):
             raise UserError(f"{path}: unknown key {key}{suggest(key, KEYS)}; expected {', '.join(KEYS)}")
     for key, kind in KEYS.items():
         if not isinstance(row.get(key), kind):
             raise UserError(f"{path}: key {key} must be {kind}, got {row.get(key)!r}")
+    if row.setdefault(CORES, 2) not in (1, 2):
+        raise UserError(f"{path}: key {CORES} must be 1 or 2, got {row[CORES]!r}")
     return row
 
 
@@ -78,7 +82,8 @@ def line(row: dict[str, Any]) -> str:
     measured = SENTENCES.get(row["metric"], OTHER).format(**row).replace("%", " %")
     name = Path(row["config"]).stem
     cells = (row["family"], f"[{name}]({row['config']})", f"`{row['command']}`", measured)
-    return "| " + " | ".join((*cells, f"{row['minutes']:g}", row["commit"])) + " |"
+    minutes = f"{row['minutes']:g}" + (", on one" if row[CORES] == 1 else "")
+    return "| " + " | ".join((*cells, minutes, row["commit"])) + " |"
 
 
 def table(folder: Path) -> str:

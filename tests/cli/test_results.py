@@ -49,6 +49,9 @@ def test_another_number_is_noticed_and_then_written(monkeypatch, copy, capsys):
     assert "50.0 % of 360 test pictures are right" in page
     assert page.partition(results.BEGIN)[0] == (ROOT / "README.md").read_text().partition(results.BEGIN)[0]
     assert run(monkeypatch, "--check", *places(copy)) == 0
+    path.write_text(json.dumps({**row, "minutes": 7, "cores": 1}))
+    assert run(monkeypatch, *places(copy)) == 0
+    assert "| 7, on one |" in (copy / "page.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,7 @@ def test_another_number_is_noticed_and_then_written(monkeypatch, copy, capsys):
         ({"value": "high"}, "key value must be"),
         ({"minute": 3}, "unknown key minute (did you mean minutes?)"),
         ({"n": None}, "key n must be"),
+        ({"cores": 3}, "key cores must be 1 or 2"),
     ],
 )
 def test_a_wrong_row_is_named(monkeypatch, copy, capsys, change, message):
