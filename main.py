@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--scale_lr", help="scale model.base_learning_rate as the official code does", **{**switch, "default": True})
     add("--init-from", metavar="FILE", help="start from these weights with a fresh optimiser (step 0)")
     add("--allow-partial", action="store_true", help="with --init-from: take the tensors that fit, say what is left")
+    add("--allow-head", action="store_true", help="model.params.allow_head=true: weights of another number of classes")
     add("--wandb", help="log to Weights & Biases too", **switch)
     add("--trust", nargs="+", default=[], metavar="PACKAGE", help="let target: name classes of these packages")
     add("--dry-run", action="store_true", help="build everything, run one batch, print memory, steps and ETA, stop")

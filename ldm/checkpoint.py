@@ -284,7 +284,9 @@ def load(
         UserError: see `fit`.
     """
     usable, report = fit(module, state, source=source, allow=allow, partial=partial)
-    module.load_state_dict(usable, strict=False, assign=assign)
+    named = collections.OrderedDict(usable)
+    named._metadata = module.state_dict()._metadata  # the names are today's; torchvision's MNASNet insists on a version
+    module.load_state_dict(named, strict=False, assign=assign)
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -43,10 +44,11 @@ def export(reader: Reader, path: Path) -> float:
         the largest difference of a probability between torch and onnxruntime, over batches of one and three images.
 
     Raises:
-        UserError: packages are missing, or the file gives other answers; it is removed then.
+        UserError: packages are missing, the network cannot be exported, or onnxruntime refuses the file or gives other
+            answers. Nothing is left of the file then, and an older one of that name stays as it was.
     """
     try:
-        import onnx
+        import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as e:
@@ -54,6 +56,37 @@ def export(reader: Reader, path: Path) -> float:
     assert reader.fit.size is not None
     shape = (reader.fit.channels, *reader.fit.size)
     net = Probabilities(reader.model.cpu().eval())
+    notes = {"classes": json.dumps(reader.names), "range": "[-1, 1]", "size": "x".join(map(str, reader.fit.size))}
+    unchecked = path.with_name(f".{path.name}.{os.getpid()}.onnx")
+    try:
+        task = "torch cannot export"
+        write(net, unchecked, shape, notes)
+        task = "onnxruntime cannot run"
+        difference = max(compare(net, unchecked, n, shape) for n in (1, 3))
+        if difference <= TOLERANCE:
+            os.replace(unchecked, path)
+            return difference
+    except OSError as e:
+        raise UserError(f"{path} cannot be written ({e.strerror}); choose another place with --onnx") from e
+    except Exception as e:  # torch.onnx and onnxruntime each raise classes of their own
+        name = type(reader.model.model).__name__
+        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise UserError(
+            f"{path}: {task} the {name} ({reason[:200]}); no file was written. "
+            "Try another version of torch, onnxscript or onnxruntime, or another network"
+        ) from e
+    finally:
+        unchecked.unlink(missing_ok=True)
+    raise UserError(
+        f"{path}: onnxruntime differs by {difference:.2g}, expected at most {TOLERANCE}; no file was written. "
+        "Try another version of torch, onnxscript or onnxruntime"
+    )
+
+
+def write(net: nn.Module, path: Path, shape: tuple[int, ...], notes: dict[str, str]) -> None:
+    """The ONNX file of a network of images [B, *shape], any B, with `notes` as its metadata."""
+    import onnx
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -68,14 +101,8 @@ def export(reader: Reader, path: Path) -> float:
             dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
         )
     model = onnx.load(str(path))
-    notes = {"classes": json.dumps(reader.names), "range": "[-1, 1]", "size": "x".join(map(str, reader.fit.size))}
     onnx.helper.set_model_props(model, notes)
     onnx.save(model, str(path))
-    difference = max(compare(net, path, n, shape) for n in (1, 3))
-    if not difference <= TOLERANCE:
-        path.unlink()
-        raise UserError(f"{path}: onnxruntime differs by {difference:.2g}, expected at most {TOLERANCE}; file removed")
-    return difference
 
 
 @torch.no_grad()

@@ -43,8 +43,12 @@ def run_config(run: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_weights(node: Any) -> Any:
-    """The config with every `ckpt_path` removed: the checkpoint holds those weights already."""
+    """The config with every `ckpt_path`, and a classifier's `weights`, removed: the checkpoint holds them already."""
     if isinstance(node, dict):
+        if node.get("weights") and "network_config" in node:
+            from ldm.models.pretrained import without_source
+
+            node = without_source(node)
         return {k: without_weights(v) for k, v in node.items() if k not in ("ckpt_path", "ignore_keys")}
     return [without_weights(v) for v in node] if isinstance(node, list) else node
 

@@ -194,7 +194,11 @@ def looks_at_picture(reader: Reader, x: Tensor, rows: Sequence[Row]) -> Any:
     classes = torch.tensor([r["top"][0]["index"] for r in rows], device=reader.model.device)
     maps = reader.model.looks_at(x.to(reader.model.device), classes)
     if maps is None:
-        raise UserError(f"--grad-cam: {reader.source} has no layer whose output is a map")
+        name = type(reader.model.model).__name__
+        raise UserError(
+            f"--grad-cam: {reader.source}: no layer of the {name} gives a map, and it does not attend from one class "
+            "token to a square of patches either; leave --grad-cam out"
+        )
     captions = [f"{r['top'][0]['class']} {r['top'][0]['probability']:.0%}" for r in rows]
     plain = labelled(x, captions, [False] * len(rows))
     hot = labelled(heat(x, maps), [Path(r["file"]).name for r in rows], [False] * len(rows))

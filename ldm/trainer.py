@@ -34,7 +34,8 @@ MAGIC = {
     "evaluate": {"target": "ldm.evaluation.callback.Evaluate", "params": {}},
 }
 # a monitored metric with one of these in its name is better when it is higher
-RISING = ("acc", "top1", "top5", "miou", "psnr", "ssim", "agreement", "precision", "recall", "density", "coverage")
+RISING = ("acc", "top1", "top5", "miou", "psnr", "ssim")
+RISING += ("agreement", "precision", "recall", "density", "coverage", "diversity")
 
 
 def build_trainer(run: Run, model: pl.LightningModule, data: pl.LightningDataModule, project: str) -> pl.Trainer:

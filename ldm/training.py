@@ -116,6 +116,8 @@ def prepare(args: argparse.Namespace, extra: list[str]) -> Run:
     for path in args.base:
         merged.add_file(path)
     merged.add_dotlist(dotlist)
+    if args.allow_head:
+        merged.add_dotlist(["model.params.allow_head=true"])
     for key, value in flags.items():
         merged.add_dotlist([f"lightning.trainer.{key}={value}"])
     merged.check()
@@ -233,7 +235,12 @@ def build_data(run: Run) -> tuple[pl.LightningDataModule, dict[str, Any]]:
 def build_model(run: Run, data: pl.LightningDataModule | None) -> tuple[pl.LightningModule, dict[str, Any]]:
     """The model, with values `auto` taken from the data and the first stage, and its plain config."""
     config = model_config(run, data)
-    model = instantiate_from_config({k: config[k] for k in ("target", "params") if k in config})
+    build = {k: config[k] for k in ("target", "params") if k in config}
+    if run.resume is not None and (build.get("params") or {}).get("weights"):
+        from ldm.models.pretrained import without_source
+
+        build["params"] = without_source(build["params"])  # what the run started from may be gone
+    model = instantiate_from_config(build)
     model.class_names = getattr(data, "class_names", None)
     inline_first_stage(config)
     return model, config

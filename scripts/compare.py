@@ -98,13 +98,14 @@ def prepared(what: str, args: argparse.Namespace, extra: list[str]) -> dict[str,
 
     if Path(what).is_dir():
         run, file = find_run(what)
-        return {"run": str(run), "name": run.name.partition("_")[2] or run.name, "minutes": minutes_of(read(file))}
+        name = run.name.partition("_")[2] or run.name
+        return {"run": str(run), "name": name, "minutes": minutes_of(read(file)), "budget": None}
     first, _, second = what.partition("+")
     if not second:
-        return trained(first, args.budget, args, extra)
+        return {**trained(first, args.budget, args, extra), "budget": args.budget}
     stage = trained(first, args.budget / 2, args, extra)
     model = trained(second, args.budget / 2, args, [*extra, f"first_stage={stage['run']}"])
-    return {**model, "minutes": model["minutes"] + stage["minutes"]}
+    return {**model, "minutes": model["minutes"] + stage["minutes"], "budget": args.budget}
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -124,10 +125,9 @@ def measured(entry: dict[str, Any], args: argparse.Namespace, steps: int | None)
     argv += ["--set", f"steps={steps}"] if steps else []
     call(argv, out / "logs" / f"{file.stem}-evaluate.txt")
     result = json.loads(file.read_text(encoding="utf-8"))
-    cost = result["sampling"]["cost"]
     return {
         **{k: v for k, v in result["metrics"].items() if not isinstance(v, (list, dict))},
-        **cost,
+        **(result["sampling"]["cost"] or {}),  # none where an older evaluation was killed at its very end
         "name": name,
         "run_name": entry["name"],
         "run": entry["run"],
@@ -136,6 +136,7 @@ def measured(entry: dict[str, Any], args: argparse.Namespace, steps: int | None)
         "parameters": result["parameters"],
         "trained_steps": result["global_step"],
         "minutes": entry["minutes"],
+        "budget": entry["budget"],
         "pictures": result["drawn"]["folder"],
         "features": result["features"],
         "result": result,
@@ -153,6 +154,53 @@ def rows_of(entry: dict[str, Any], args: argparse.Namespace) -> list[dict[str, A
     steps = sorted({min(s, most or s) for s in args.steps}) if "steps" in knobs_of(model) else [None]
     del model
     return [measured(entry, args, s) for s in steps]
+
+
+def one_data_set(data: dict[str, str | None]) -> None:
+    """Checks that all were, or will be, measured on the same pictures; None: not known yet.
+
+    Args:
+        data: entry or row -> what its real pictures are.
+
+    Raises:
+        UserError: they are not the same.
+    """
+    from ldm.util import UserError
+
+    if len(set(data.values()) - {None}) > 1:
+        said = "; ".join(f"{name}: {what}" for name, what in data.items() if what)
+        raise UserError(f"these cannot be compared, as their real pictures differ ({said}). Give one --real for all")
+
+
+def planned_data(what: str, extra: list[str]) -> str | None:
+    """The training pictures of a config or run as far as its config tells: data set and size."""
+    from omegaconf import OmegaConf
+
+    from ldm.checkpoint import find_run, read
+    from ldm.config import load_yaml
+    from ldm.generate import run_config
+
+    if Path(what).is_dir():
+        run, file = find_run(what)
+        config = run_config(run, read(file))
+    else:
+        own = [e for e in extra if e.startswith("data.")]
+        config = OmegaConf.merge(load_yaml(what.rpartition("+")[2]), OmegaConf.from_dotlist(own))
+        config = OmegaConf.to_container(config, resolve=False)
+    params = (config.get("data") or {}).get("params") or {}
+    train = params.get("train") or {}
+    size = (train.get("params") or {}).get("size", params.get("size"))
+    if not train.get("target") or size is None or isinstance(size, str):
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return f"{train['target']} at {height}x{width}"
+
+
+def measured_data(real: dict[str, Any]) -> str:
+    """The real pictures of a result, down to their pixels."""
+    height, width = real["size"]
+    data = f"{real.get('data', real.get('folder'))} at {height}x{width}, {real.get('split', 'all')}"
+    return f"{data}, {real['channels']} channels, {real['n']} pictures, {real['sha256'][:8]}"
 
 
 def _reads_classes(config: dict[str, Any], features: str | None, classes: int) -> bool:
@@ -179,7 +227,12 @@ def compare(args: argparse.Namespace) -> None:
     extra = [w for w in args.what if "=" in w]
     if not what:
         raise UserError("nothing to compare: give configs or runs")
-    rows = [row for w in what for row in rows_of(prepared(w, args, extra), args)]
+    if args.real is None:
+        one_data_set({w: planned_data(w, extra) for w in what})
+    rows: list[dict[str, Any]] = []
+    for w in what:
+        rows += rows_of(prepared(w, args, extra), args)
+        one_data_set({r["name"]: measured_data(r["result"]["real"]) for r in rows})
     page = Path(args.outdir) / "index.html"
     build(page, rows, judge(rows), title=args.title, **texts(args, rows))
     write_json(Path(args.outdir) / "rows.json", [{k: v for k, v in r.items() if k != "result"} for r in rows])
@@ -195,13 +248,34 @@ def texts(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, str
     what = " ".join(args.what).replace(f"{ROOT}/", "")
     steps = " ".join(map(str, args.steps))
     command = f"python scripts/compare.py {what} --budget {args.budget:g} -n {args.n_samples} --steps {steps}"
-    runs = len({r["run"] for r in rows})
+    command += f" --seed {args.seed}"
+    for flag, value in (("--real", args.real), ("--features", args.features)):
+        command += f" {flag} {value}".replace(f"{ROOT}/", "") if value else ""
+    height, width = real["size"]
     return {
-        "introduction": f"{runs} run{'s' * (runs > 1)}, each trained for at most {args.budget:g} seconds on the same "
-        f"machine; {args.n_samples:,} pictures drawn from each are compared with {real['n']:,} real ones ({data}).",
+        "introduction": f"{origins(rows)} {args.n_samples:,} pictures drawn from each are compared with "
+        f"{real['n']:,} real ones ({data}, {height}x{width}; resized: {real['resize']}).",
         "features": f"Features: {features['name']} ({features['layer']}, {features['sha256'][:8]}).",
         "footer": f"Made by: {command}. Commit {commit()}, torch {first['versions']['torch']}, {first['device']}.",
     }
+
+
+def origins(rows: list[dict[str, Any]]) -> str:
+    """Which runs were trained for this page within the budget, and which were taken as they were."""
+    runs = list({r["run"]: r for r in rows}.values())
+    said = []
+    made, taken = ([r for r in runs if (r["budget"] is None) == t] for t in (False, True))
+    if made:
+        said.append(
+            f"Trained for this page, within {made[0]['budget']:g} seconds each by the Trainer's clock (the table's "
+            f"minutes hold the program's start and end, too): {', '.join(r['run_name'] for r in made)}."
+        )
+    if taken:
+        names = ", ".join(
+            r["run_name"] + (f" ({r['minutes']:.1f} minutes)" if r["minutes"] is not None else "") for r in taken
+        )
+        said.append(f"Taken as they were, however long they had been trained: {names}.")
+    return " ".join(said)
 
 
 if __name__ == "__main__":

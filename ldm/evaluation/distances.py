@@ -6,6 +6,8 @@ memory does not grow with their number, but for a few numbers a picture.
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from typing import Any
 
@@ -110,23 +112,44 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, subset: int = 1000, seed: int 
 
 
 def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 2020) -> dict[str, float]:
-    """exp E KL(p(y | x), p(y)) (Salimans et al. 2016), mean and deviation over the splits of shuffled logits [N, K]."""
-    fidelity()
-    from torch_fidelity.metric_isc import isc_features_to_metric
+    """exp E KL(p(y | x), p(y)) (Salimans et al. 2016), mean and deviation over the splits of shuffled logits [N, K].
 
-    found = isc_features_to_metric(_tensor(logits), min(splits, len(logits)), True, seed)
-    return {"is": found["inception_score_mean"], "is_std": found["inception_score_std"]}
+    The order and the splits are torch-fidelity's. E KL is the mean of sum p log p less sum q log q, q being the mean of
+    p: sums that grow block by block.
+    """
+    order = np.random.RandomState(seed).permutation(len(logits))
+    splits = min(splits, len(logits))
+    edges = [i * len(logits) // splits for i in range(splits + 1)]
+    scores = [_score(logits, order[start:end]) for start, end in itertools.pairwise(edges)]
+    return {"is": float(np.mean(scores)), "is_std": float(np.std(scores))}
+
+
+def _score(logits: np.ndarray | Tensor, chosen: np.ndarray) -> float:
+    total, q = 0.0, torch.zeros(logits.shape[1], dtype=torch.float64)
+    for start in range(0, len(chosen), BLOCK):
+        p = torch.as_tensor(logits[chosen[start : start + BLOCK]]).double().softmax(1)
+        total += float(torch.xlogy(p, p).sum())
+        q += p.sum(0)
+    q /= len(chosen)
+    return math.exp(total / len(chosen) - float(torch.xlogy(q, q).sum()))
 
 
 def precision_recall(a: np.ndarray, b: np.ndarray, k: int = 3) -> dict[str, float]:
     """Shares of generated pictures among the real ones and the other way round (Kynkaanniemi et al. 2019)."""
-    fidelity()
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
     _check_neighbours(a, b, k)
-    options = {"prc_neighborhood": k, "prc_batch_size": BLOCK, "save_cpu_ram": True, "verbose": False}
-    found = prc_features_to_metric(_tensor(a), _tensor(b), **options)
-    return {"precision": found["precision"], "recall": found["recall"]}
+    return {"precision": _share_within(a, b, k), "recall": _share_within(b, a, k)}
+
+
+def _share_within(x: np.ndarray, support: np.ndarray, k: int) -> float:
+    """Share of the rows of x that lie in the ball of any row of the support, which reaches to its k-th neighbour."""
+    radii, inside = nearest_distances(support, k), 0
+    for start in range(0, len(x), BLOCK):
+        rows = _block(x, start)
+        hit = torch.zeros(len(rows), dtype=torch.bool)
+        for other in range(0, len(support), BLOCK):
+            hit |= (torch.cdist(rows, _block(support, other)) <= radii[other : other + BLOCK]).any(1)
+        inside += int(hit.sum())
+    return inside / len(x)
 
 
 def density_coverage(a: np.ndarray, b: np.ndarray, k: int = 5) -> dict[str, float]:

@@ -172,17 +172,14 @@ class Evaluation:
 
     @cached_property
     def drawn(self) -> Pictures:
-        """The drawn pictures, or those of the folder."""
+        """The drawn pictures, or those of the folder; at the size and with the channels of the real ones.
+
+        Nearest neighbours, sharpness and features of pictures of another size would be no comparison.
+        """
         if self.model is None:
             return of_folder(self.request.run, self.real.size, self.real.channels)
         labels = self.plan.labels if self.plan.conditional == "classes" else np.zeros(self.request.n, np.int64)
-        return of_files(self.plan.folder, self.plan.names(), labels, self._channels())
-
-    def _channels(self) -> int:
-        from PIL import Image
-
-        with Image.open(self.plan.folder / self.plan.names()[0]) as picture:
-            return 1 if picture.mode == "L" else 3
+        return of_files(self.plan.folder, self.plan.names(), labels, self.real.channels, self.real.size)
 
     # --- features ---
 

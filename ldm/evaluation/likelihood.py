@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ldm.evaluation.pictures import Pictures
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.models.diffusion.latent_diffusion import LatentDiffusion
 from ldm.models.vae import VAE
-from ldm.util import UserError
+from ldm.util import SeededNoise, UserError
 
 LEVELS = 256
 
@@ -25,11 +26,14 @@ def has_likelihood(model: Any) -> bool:
 
 
 @torch.no_grad()
-def bits_per_dimension(model: Any, pictures: Pictures, device: Any, batch_size: int = 64) -> dict[str, Any]:
+def bits_per_dimension(
+    model: Any, pictures: Pictures, device: Any, batch_size: int = 64, seed: int = 0
+) -> dict[str, Any]:
     """An upper bound on -log2 p(x) / (C H W), the mean over pictures.
 
     A VAE gives the importance-weighted bound (the ELBO where `iwae_samples` is 0), a DDPM its variational bound, one
-    network call for each of its T steps.
+    network call for each of its T steps. Both are means over random draws; those of picture i come from seed + i: its
+    figure depends neither on its batch nor on what was drawn before.
 
     Raises:
         UserError: the model has no likelihood.
@@ -41,14 +45,16 @@ def bits_per_dimension(model: Any, pictures: Pictures, device: Any, batch_size: 
     bar = tqdm(total=len(pictures), desc="bits per dimension", unit="picture", leave=False)
     for start, batch in enumerate(pictures.batches(batch_size)):
         x = batch.to(device).float() / 127.5 - 1
+        first = start * batch_size
+        randn = SeededNoise(range(seed + first, seed + first + len(x)))
         if isinstance(model, VAE):
-            nats = -model.iwae_bound(x, max(1, model.iwae_samples))
+            nats = -model.iwae_bound(x, max(1, model.iwae_samples), randn=randn)
         else:
-            nats = ddpm_bound(model, x, _condition(model, labels, start * batch_size, len(x)))
+            nats = ddpm_bound(model, x, _condition(model, labels, first, len(x)), randn)
         total += float(nats.double().sum())
         bar.update(len(x))
     bar.close()
-    found: dict[str, Any] = {"bits_per_dimension": total / len(pictures) / scale}
+    found: dict[str, Any] = {"bits_per_dimension": total / len(pictures) / scale, "bits_per_dimension_seed": seed}
     if isinstance(model, VAE) and type(model.likelihood).__name__ == "Bernoulli":
         found["bits_per_dimension_note"] = "Bernoulli likelihood: of pixels as probabilities, not of 256 levels"
     return found
@@ -60,14 +66,17 @@ def _condition(model: DDPM, labels: Any, start: int, n: int) -> Any:
     return model.condition(range(n), classes=[int(c) for c in labels[start : start + n]])
 
 
-def ddpm_bound(model: DDPM, x: Tensor, cond: Any) -> Tensor:
-    """L_T + sum_t L_(t-1) + L_0 in nats, [B] (Ho et al. 2020, equations 5 and 13), at one draw of x_t for each t."""
+def ddpm_bound(model: DDPM, x: Tensor, cond: Any, randn: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
+    """L_T + sum_t L_(t-1) + L_0 in nats, [B] (Ho et al. 2020, equations 5 and 13), at one draw of x_t for each t.
+
+    randn: template -> noise of its shape.
+    """
     mean, _, log_variance = model.q_mean_variance(x, torch.full((len(x),), model.num_timesteps - 1, device=x.device))
     zero = torch.zeros_like(mean)
     nats = _kl(mean, log_variance.expand_as(mean), zero, zero)
     for step in range(model.num_timesteps):
         t = torch.full((len(x),), step, device=x.device)
-        x_t = model.q_sample(x, t, torch.randn_like(x))
+        x_t = model.q_sample(x, t, randn(x))
         predicted, _, log_p = model.p_mean_variance(x_t, t, True, cond)
         if step == 0:
             # the posterior's variance at t = 0 is 0: that of t = 1 stands in, as in the paper's code

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ldm import generate
 from ldm.evaluation import distances, likelihood, quality, recognition, reconstruction
 from ldm.evaluation.evaluation import Evaluation, Request
 from ldm.evaluation.features import ClassifierFeatures
 from ldm.evaluation.path_length import path_length
 from ldm.evaluation.pictures import of_files
-from ldm.evaluation.sampling import draw
+from ldm.evaluation.provenance import commit, provenance
+from ldm.evaluation.sampling import draw, drawn_by, settings
 from ldm.evaluation.store import write_json
 from ldm.util import UserError, count_params, suggest
-
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torchvision", "lightning", "torch-fidelity", "torchmetrics", "numpy", "pillow")
-
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
@@ -121,7 +115,7 @@ def _recognition(measure: Callable[..., dict[str, Any]], pixels: bool = False) -
 
 def _bits(e: Evaluation) -> dict[str, Any]:
     with e.scope():
-        return likelihood.bits_per_dimension(e.model, e.real, e.device)
+        return likelihood.bits_per_dimension(e.model, e.real, e.device, seed=e.request.seed)
 
 
 Metric = Callable[[Evaluation], dict[str, Any]]
@@ -234,37 +228,17 @@ def _about(e: Evaluation, draws: bool) -> dict[str, Any]:
 
 
 def _sampling(e: Evaluation) -> dict[str, Any]:
-    """How the pictures were drawn, defaults written out, and what it cost."""
-    defaults = {k: p.default for k, p in generate.knobs_of(e.model).items() if p.default is not p.empty}
-    knobs = {k: v for k, v in {**defaults, **e.plan.knobs}.items() if v is not None}
-    cost = e.plan.folder / "cost.json"
+    """How the pictures were drawn, defaults written out, by which code, and what it cost."""
+    cost, drawers = e.plan.folder / "cost.json", drawn_by(e.plan.folder)
+    others = sorted({str(d["commit"] or "an unknown commit") for d in drawers if d["commit"] != commit()})
+    if others:
+        e.notes.append(f"pictures in {e.plan.folder} were drawn by {', '.join(others)}, measured by {commit()}")
     return {
         "n": len(e.plan.seeds),
         "seed": e.plan.seeds.start,
         "asked_by": e.plan.conditional,
-        "knobs": {**knobs, **e.plan.options},
+        "knobs": {**settings(e.plan), **e.plan.options},
         "batch_size": e.plan.batch_size,
+        "drawn_by": drawers,
         "cost": json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else None,
     }
-
-
-def provenance(device: Any) -> dict[str, Any]:
-    """Commit, versions and machine."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return {"commit": commit(), "device": str(device), "versions": {**generate.versions(), **found}}
-
-
-def commit() -> str | None:
-    """Of the project, with `+` behind it where files were changed since; None outside a git checkout."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + "+" * bool(changed.stdout.strip())

@@ -46,7 +46,8 @@ h1, h2, h3 { line-height: 1.2; } table { border-collapse: collapse; font-size: .
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
 td.best { font-weight: bold; } img { max-width: 100%; } img.pixels { width: 100%; image-rendering: pixelated; }
 .walls { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 1.5rem; }
-.verdict { font-weight: bold; } .supported { color: #276749; } .not-supported { color: #9b2c2c; } figure { margin: 0; }
+.verdict { font-weight: bold; } .supported { color: #276749; } .partly-supported { color: #975a16; }
+.not-supported { color: #9b2c2c; } figure { margin: 0; }
 footer, .note { color: #4a5568; font-size: .85rem; }
 </style></head><body>
 <h1>{{ title }}</h1>
@@ -143,7 +144,7 @@ def cells(rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str, str]
     def cell(row: dict[str, Any], key: str, form: str) -> dict[str, Any]:
         value = row.get(key)
         return {
-            "text": "" if value is None else form.format(value),
+            "text": "–" if value is None else form.format(value),
             "best": value is not None and value == top.get(key),
         }
 
@@ -204,7 +205,8 @@ def _png(figure: Any) -> str:
 
 
 def quality_plot(rows: Sequence[dict[str, Any]]) -> str:
-    """FID against seconds a picture; rows of one run are joined."""
+    """FID against seconds a picture; rows of one run are joined. A row whose cost is unknown has no place in it."""
+    rows = [r for r in rows if r.get("seconds_per_picture") is not None]
     figure = _figure(8, 4.5)
     axes = figure.subplots()
     names = list(dict.fromkeys(r["run_name"] for r in rows))
@@ -217,7 +219,8 @@ def quality_plot(rows: Sequence[dict[str, Any]]) -> str:
                 axes.annotate(f"{r['steps']}", (a, b), textcoords="offset points", xytext=(4, 4), fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="seconds a picture", ylabel="FID")
     axes.grid(True, which="both", alpha=0.25)
-    axes.legend(fontsize=8)
+    if rows:
+        axes.legend(fontsize=8)
     return _png(figure)
 
 

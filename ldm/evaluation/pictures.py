@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ldm.data.base import ImageDataset, Size
+from ldm.data.builtin import Digits
 from ldm.data.cached import CachedLatents
 from ldm.data.entries import Entries
 from ldm.data.image import FileImages, ImageFolder
+from ldm.data.openmoji import OpenMoji
 from ldm.data.pixels import Fit
 from ldm.data.sampler import collate
 from ldm.data.sources import Folder
@@ -25,6 +27,7 @@ from ldm.util import UserError, instantiate_from_config
 
 # parameters of data sets that draw random numbers -> without
 STILL = {"flip_p": 0.0, "pad_crop": 0, "random_crop": False}
+DIGITS = 8  # side of scikit-learn's scans
 LOSSY = (".jpg", ".jpeg", ".webp")
 
 
@@ -136,8 +139,23 @@ def of_dataset(dataset: Any, about: dict[str, Any], key: str = "image") -> Pictu
     if isinstance(fit, Fit):
         dataset.fit = fit = replace(fit, random=False)
     about = {"data": f"{type(dataset).__module__}.{type(dataset).__name__}", **about}
-    about["resize"] = f"{fit.interpolation}, {fit.mode}" if isinstance(fit, Fit) else "as the data set's class does"
-    return Pictures(dataset, about, key)
+    pictures = Pictures(dataset, about, key)
+    pictures.about["resize"] = resize_of(dataset, pictures.size)
+    return pictures
+
+
+def resize_of(dataset: Any, size: tuple[int, int]) -> str:
+    """How the pictures came to this (height, width): the filter and the size before, or none."""
+    fit = getattr(dataset, "fit", None)
+    if isinstance(fit, Fit):
+        return f"{fit.interpolation}, {fit.mode}" if fit.size or fit.resize_to else "none"
+    if isinstance(dataset, OpenMoji):  # drawn as vectors; only the sides of what is not square are brought to it
+        square = "none: drawn at this size"
+        return square if size[0] == size[1] else f"bicubic from {max(size)}x{max(size)}"
+    native = DIGITS if isinstance(dataset, Digits) else getattr(dataset, "native_size", None)
+    if native is None:
+        return f"as {type(dataset).__name__} does"
+    return "none" if size == (native, native) else f"bicubic, antialiased, from {native}x{native}"
 
 
 def of_folder(root: str | Path, size: Size, channels: int) -> Pictures:
@@ -152,12 +170,16 @@ def of_folder(root: str | Path, size: Size, channels: int) -> Pictures:
     return pictures
 
 
-def of_files(folder: Path, names: Sequence[str], labels: np.ndarray, channels: int) -> Pictures:
-    """Drawn pictures: PNG files of one size, in this order."""
+def of_files(
+    folder: Path, names: Sequence[str], labels: np.ndarray, channels: int, size: tuple[int, int] | None = None
+) -> Pictures:
+    """Drawn pictures: PNG files of one size, in this order, brought to `size` (None = their own)."""
     from PIL import Image
 
     with Image.open(folder / names[0]) as first:
-        size = (first.height, first.width)
+        own = (first.height, first.width)
+    size = size or own
     entries = Entries(list(names), np.asarray(labels, np.int64), [str(c) for c in range(int(max(labels)) + 1)])
     dataset = FileImages(Folder(folder, names), entries, Fit(size, channels), cache=False, verify=0)
-    return Pictures(dataset, {"folder": str(folder)})
+    resize = "none" if size == own else f"{dataset.fit.interpolation}, {dataset.fit.mode}, from {own[0]}x{own[1]}"
+    return Pictures(dataset, {"folder": str(folder), "resize": resize})

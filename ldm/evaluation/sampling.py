@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +21,10 @@ from tqdm import tqdm
 
 from ldm import generate
 from ldm.callbacks import peak_memory_mib
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.evaluation.provenance import provenance
 from ldm.evaluation.store import write_json
+from ldm.models.diffusion.sampling import SeededSampling
 from ldm.util import UserError
 
 NAMED = 100  # classes or captions that a folder's name stands for: more pictures of the same kind go to the same folder
@@ -123,6 +128,82 @@ class Plan:
         return self.model.sample(cond, seeds=list(seeds), **self.knobs)
 
 
+# --- what decides and what made the pictures --------------------------------------------------------------------------
+
+
+class _Asked(Exception):  # noqa: N818
+    """Stops `sample` where it has settled what to do, before it does it."""
+
+
+def settings(plan: Plan) -> dict[str, Any]:
+    """The knobs of `sample` as they are used: given ones, defaults, and what a None stands for.
+
+    A diffusion model's `sample` settles steps, sampler and scale by its own rules (an engine asks its config); it is
+    asked for one picture and stopped at the door of `generate`, so that the rules are not written here once more.
+    """
+    model = plan.model
+    defaults = {k: p.default for k, p in generate.knobs_of(model).items() if p.default is not p.empty}
+    found = {**defaults, **plan.knobs}
+    if isinstance(model, SeededSampling):
+        found |= _settled(plan)
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def _settled(plan: Plan) -> dict[str, Any]:
+    model, seen = plan.model, {}
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(type(model).generate).bind(model, *args, **kwargs)
+        bound.apply_defaults()
+        seen.update(bound.arguments)
+        raise _Asked
+
+    model.generate = stop
+    try:
+        plan.draw(plan.seeds[:1])
+    except _Asked:
+        pass
+    finally:
+        del model.generate  # the class's own again
+    found = {k: seen[k] for k in ("steps", "sampler", "scale", "strength", "grid", "eta") if k in seen}
+    if not found:
+        return {}
+    takes = {**_defaults(SAMPLERS[found["sampler"]].function), **model._knobs(found["sampler"], found["eta"])}
+    levels = getattr(model, "discretization", None)  # an engine's own noise levels take the place of a grid
+    default = model.path.default_grid if levels is None else type(levels).__name__
+    # an infinite bound is no number of JSON
+    numbers = {k: v if math.isfinite(v) else str(v) for k, v in takes.items() if type(v) in (int, float)}
+    return {**found, **numbers, "eta": takes.get("eta"), "grid": found["grid"] or default}
+
+
+def _defaults(function: Any) -> dict[str, Any]:
+    return {k: p.default for k, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+
+
+# pictures of before there were records
+UNKNOWN = {"commit": None, "device": None, "versions": None, "batch_size": None}
+
+
+def drawn_by(folder: Path) -> list[dict[str, Any]]:
+    """What drew into this folder: commit, versions, device and batch size of each evaluation that differed in them."""
+    return [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("drawn-*.json"))] or [UNKNOWN]
+
+
+def _sign(folder: Path, batch_size: int, device: Any) -> None:
+    """Leaves a record of this process; it must be there before its first picture.
+
+    A file of its own for each drawer, named by its content: processes that share the folder cannot lose each other's.
+    Pictures are looked for before records: those of a process that runs at the same time have theirs.
+    """
+    pictures = any(folder.glob("*.png"))
+    if pictures and not any(folder.glob("drawn-*.json")):
+        write_json(folder / "drawn-unknown.json", UNKNOWN)
+    own = {**provenance(device), "batch_size": batch_size}
+    name = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
+    if not (folder / f"drawn-{name}.json").is_file():
+        write_json(folder / f"drawn-{name}.json", own)
+
+
 class Drawing(pl.LightningModule):
     """Draws the missing pictures of a plan; each process takes every world_size-th batch.
 
@@ -165,8 +246,20 @@ class Drawing(pl.LightningModule):
         pictures = generate.pictures(x, self.plan.record["checkpoint"])
         for future in self._written:
             future.result()  # a full disk is said now
+        if self.trainer.is_global_zero:  # before the pictures: who is killed after the last one leaves its cost
+            self.seconds = time.perf_counter() - self._started
+            write_json(self.plan.folder / "cost.json", self.cost())
         self._written = [self._writer.submit(self._save, seeds, pictures)]
         self._bar.update()
+
+    def cost(self) -> dict[str, Any]:
+        """Of what this process has drawn so far, as a share of all processes."""
+        return {
+            "seconds_per_picture": self.seconds / self.drawn / self.trainer.world_size,
+            "network_calls_per_picture": self.calls / self.batches,
+            "peak_memory_gib": peak_memory_mib(self.recipe.device) / 1024,
+            "devices": self.trainer.world_size,
+        }
 
     def _save(self, seeds: list[int], pictures: list[Any]) -> None:
         for seed, picture in zip(seeds, pictures, strict=True):
@@ -192,7 +285,8 @@ def draw(plan: Plan, trainer: dict[str, Any], device: str = "auto") -> bool:
         trainer: arguments of the Trainer (devices, strategy, ...).
         device: auto, cpu, cuda, mps, where `trainer` names no accelerator.
 
-    The cost of what was drawn is in `<folder>/cost.json`: seconds and network calls a picture, peak memory.
+    The cost of what was drawn is in `<folder>/cost.json`: seconds and network calls a picture, peak memory; what drew
+    it in `<folder>/drawn-*.json`.
     """
     missing = plan.missing()
     if not missing:
@@ -206,14 +300,9 @@ def draw(plan: Plan, trainer: dict[str, Any], device: str = "auto") -> bool:
     )
     module = Drawing(plan, missing)
     plan.folder.mkdir(parents=True, exist_ok=True)
+    _sign(plan.folder, plan.batch_size, options["accelerator"])
     with plan.scope:
         runner.predict(module, return_predictions=False)
     if runner.is_global_zero and module.drawn:
-        cost = {
-            "seconds_per_picture": module.seconds / module.drawn / runner.world_size,
-            "network_calls_per_picture": module.calls / module.batches,
-            "peak_memory_gib": peak_memory_mib(module.recipe.device) / 1024,
-            "devices": runner.world_size,
-        }
-        write_json(plan.folder / "cost.json", cost)
+        write_json(plan.folder / "cost.json", module.cost())
     return runner.is_global_zero

@@ -73,7 +73,7 @@ def _table(path: Path, shape: tuple[int, int], start: int) -> np.ndarray:
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two processes may write the same file
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 

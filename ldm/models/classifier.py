@@ -13,8 +13,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from ldm.models import param_groups
 from ldm.models.base import BaseModel
-from ldm.models.classifier_pictures import filter_picture, heat, labelled
-from ldm.models.classifier_report import Report, shares
+from ldm.models.classifier_faults import explained
+from ldm.models.classifier_pictures import Mistakes, filter_picture, first_filters, heat, labelled
+from ldm.models.classifier_report import Report, shares, write_picture
 from ldm.models.framework import rank_zero_info
 from ldm.models.pretrained import HALF, IMAGENET, load_weights, pixel_statistics
 from ldm.modules.classifiers.augment import MIXERS, Augment, views
@@ -46,12 +47,13 @@ class Classifier(BaseModel):
         augment_config: list of `{target: torchvision.transforms.v2.X, params}` for training, in that order; see
             `ldm.modules.classifiers.augment.Augment`.
         distill_config: `{target: ldm.models.distillation.Teacher, params: {run: ...}}`: learn from another run as well.
-        weights: `torchvision://IMAGENET1K_V1`, `timm://name` or a file, loaded strictly.
+        weights: `torchvision://IMAGENET1K_V1`, `timm://name`, a file, or a run directory or checkpoint of this project
+            (its averaged weights, where it has them), loaded strictly.
         allow_head: with `weights` of another number of classes: the last layer starts afresh.
         train_only: `head`, or prefixes of the network's parameter names; the rest is frozen, batch norms included.
         layer_decay: each layer learns so many times as fast as the one above it.
-        normalize: "imagenet" (mean and deviation per channel), "none" ([-1, 1] as it comes), or None: what `weights`
-            were trained with.
+        normalize: "imagenet" (mean and deviation per channel), "none" ([-1, 1] as it comes), a pair (means, deviations)
+            of pixels in [0, 1], or None: what `weights` were trained with.
         test_views: whose logits are averaged in testing: "none" (the image itself), "flip", "flip+shift" (`views`).
         use_ema: keep an exponential moving average of weights and batch-norm statistics.
         ema_decay: its decay after the warm-up.
@@ -79,7 +81,7 @@ class Classifier(BaseModel):
         allow_head: bool = False,
         train_only: str | Sequence[str] | None = None,
         layer_decay: float = 1.0,
-        normalize: str | None = None,
+        normalize: str | Sequence[Sequence[float]] | None = None,
         test_views: str = "none",
         use_ema: bool = False,
         ema_decay: float = 0.9999,
@@ -108,7 +110,7 @@ class Classifier(BaseModel):
         splits = [split + suffix for split in ("val", "test") for suffix in ("", "_ema")[: 1 + use_ema]]
         self.scores = nn.ModuleDict({name: self._new_scores() for name in splits})
         self.confusion = nn.ModuleDict({name: self._new_confusion() for name in splits})
-        self.report = Report(self.main_score)
+        self.report, self.mistakes = Report(self.main_score), Mistakes()
         self.load_ckpt_path()
 
     def _set_class_weights(self, class_weights: Sequence[float] | None) -> None:
@@ -117,15 +119,24 @@ class Classifier(BaseModel):
         value = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", value, persistent=False)
 
-    def _set_normalization(self, normalize: str | None, weights: str | None, network: str) -> None:
-        if normalize not in (None, "none", "imagenet"):
-            raise ValueError(f"got normalize={normalize!r}, expected imagenet or none")
-        mean, std = pixel_statistics(weights if normalize is None else None, network)
-        if normalize == "imagenet":
-            mean, std = IMAGENET
+    def _set_normalization(
+        self, normalize: str | Sequence[Sequence[float]] | None, weights: str | None, network: str
+    ) -> None:
+        named = {"none": HALF, "imagenet": IMAGENET}
+        if isinstance(normalize, str) and normalize not in named:
+            raise ValueError(f"got normalize={normalize!r}, expected imagenet, none or [means, deviations]")
+        self.implied = normalize is None
+        if normalize is None:
+            self._use_statistics(*pixel_statistics(weights, network))
+        else:
+            self._use_statistics(*(named[normalize] if isinstance(normalize, str) else normalize))
+
+    def _use_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
         # ((x + 1) / 2 - mean) / std as one multiplication and one sum, left out where it changes nothing
-        self.normalized = (tuple(mean), tuple(std)) != HALF
-        m, s = (torch.tensor(v).view(1, -1, 1, 1) for v in (mean, std))
+        self.statistics = tuple(mean), tuple(std)
+        self.normalized = self.statistics != HALF
+        old = getattr(self, "pixel_scale", None)
+        m, s = (torch.tensor(v, device=None if old is None else old.device).view(1, -1, 1, 1) for v in self.statistics)
         self.register_buffer("pixel_scale", 0.5 / s, persistent=False)
         self.register_buffer("pixel_shift", (0.5 - m) / s, persistent=False)
 
@@ -206,8 +217,18 @@ class Classifier(BaseModel):
         return x * self.pixel_scale + self.pixel_shift if self.normalized else x
 
     def forward(self, x: Tensor) -> Any:
-        """[B, C, H, W] in [-1, 1] -> logits [B, num_classes] (in training mode with auxiliary logits, if any)."""
-        return self.model(self.normalize(x))
+        """[B, C, H, W] in [-1, 1] -> logits [B, num_classes] (in training mode with auxiliary logits, if any).
+
+        Raises:
+            UserError: images of a size, or a batch of one, that the network does not take.
+        """
+        try:
+            return self.model(self.normalize(x))
+        except (RuntimeError, ValueError, AssertionError) as e:
+            fault = explained(e, x.shape, type(self.model).__name__)
+            if fault is None:
+                raise
+            raise fault from e
 
     def predict(self, x: Tensor) -> Tensor:
         """[B, C, H, W] in [-1, 1] -> logits [B, num_classes], averaged over `test_views`; in evaluation mode."""
@@ -264,16 +285,36 @@ class Classifier(BaseModel):
         loss, logits = self._plain_loss(self.get_input(batch, self.first_stage_key), labels)
         for score in (*scores.values(), self.confusion[split + suffix]):
             score.update(logits.float(), labels)
+        if suffix or not self.use_ema:  # the weights that the run would be used with
+            self.keep_mistakes(self.get_input(batch, self.first_stage_key), logits, labels)
         size = self._size(batch)
         self.log(f"{split}/loss{suffix}", loss, batch_size=size, sync_dist=True)
         self.log_dict({f"{split}/{k}{suffix}": s for k, s in scores.items()}, batch_size=size)
 
+    def keep_mistakes(self, x: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Remembers the most confident mistakes of the epoch for a picture."""
+        self.mistakes.update(x, logits, labels)
+
+    def on_validation_epoch_start(self) -> None:
+        self.mistakes.reset()
+
+    def on_test_epoch_start(self) -> None:
+        self.mistakes.reset()
+
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
-            self.report.finish(self, "val")
+            self._finish("val")
 
     def on_test_epoch_end(self) -> None:
-        self.report.finish(self, "test")
+        self._finish("test")
+
+    def _finish(self, split: str) -> None:
+        self.report.finish(self, split)
+        if self.trainer.is_global_zero and self.trainer.loggers:
+            picture = self.mistakes.picture(self.name_of)
+            if picture is not None:
+                write_picture(self.trainer, split, "mistakes", picture)
+        self.mistakes.reset()
 
     def on_fit_start(self) -> None:
         self.report.start()
@@ -284,11 +325,14 @@ class Classifier(BaseModel):
     def on_save_checkpoint(self, checkpoint: Config) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["report"] = self.report.state_dict()
+        checkpoint["pixel_statistics"] = [list(v) for v in self.statistics]
 
     def on_load_checkpoint(self, checkpoint: Config) -> None:
         super().on_load_checkpoint(checkpoint)
         if "report" in checkpoint:
             self.report.load_state_dict(checkpoint["report"])
+        if self.implied and "pixel_statistics" in checkpoint:
+            self._use_statistics(*checkpoint["pixel_statistics"])
 
     # --- optimiser ----------------------------------------------------------------------------------------------------
 
@@ -322,7 +366,7 @@ class Classifier(BaseModel):
     @torch.no_grad()
     def log_images(self, batch: dict[str, Any], n: int = 8) -> dict[str, Tensor]:
         """`inputs`: images with what was predicted, mistakes first, the most confident ones at the head; `looks_at`:
-        where the network looks in them; `filters`: the weights of the first convolution."""
+        where the network looks in them; `filters`: the weights of the first convolution or whitening."""
         x = self.get_input(batch, self.first_stage_key)
         with self.ema_scope():
             logits = self.predict(x)
@@ -337,18 +381,17 @@ class Classifier(BaseModel):
         pictures = {"inputs": labelled(x[order], captions, wrong[order].tolist())}
         if maps is not None:
             pictures["looks_at"] = heat(x[order], maps)
-        first = next((m for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
-        if first is not None:
-            pictures["filters"] = filter_picture(first.weight)
+        if (filters := first_filters(self.model)) is not None:
+            pictures["filters"] = filter_picture(filters)
         return pictures
 
     def looks_at(self, x: Tensor, classes: Tensor) -> Tensor | None:
         """Images [B, C, H, W] and the classes in question [B] -> maps [B, h, w] in [0, 1]: attention rollout for a
         Vision Transformer, else Grad-CAM; None for a network without maps."""
         x = self.normalize(x)
-        if attends(self.model):
-            return attention_rollout(self.model, x)
         try:
+            if attends(self.model):
+                return attention_rollout(self.model, x)
             return grad_cam(self.model, x, classes)
         except ValueError:
             return None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.util import image_grid, log_txt_as_img
 
@@ -32,12 +32,58 @@ def labelled(x: Tensor, captions: Sequence[str], wrong: Sequence[bool]) -> Tenso
     return torch.cat([framed, log_txt_as_img((framed.shape[3], 30), captions)], 2)
 
 
+class Mistakes:
+    """The most confident mistakes of an epoch, of which no more than `n` pictures are held at a time.
+
+    Each process of several keeps those of its own share of the data; what is drawn is the first one's.
+
+    Args:
+        n: pictures.
+    """
+
+    def __init__(self, n: int = 16) -> None:
+        self.n = n
+        self.kept: dict[str, Tensor] = {}
+
+    def reset(self) -> None:
+        """Forgets the epoch before."""
+        self.kept = {}
+
+    @torch.no_grad()
+    def update(self, x: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Images [B, C, H, W] in [-1, 1], logits [B, classes], labels [B]; the device is not waited for."""
+        sure, predicted = logits.float().softmax(1).max(1)
+        found = {"sure": torch.where(predicted == labels, -1.0, sure), "predicted": predicted, "labels": labels, "x": x}
+        if self.kept:
+            found = {k: torch.cat([self.kept[k], v]) for k, v in found.items()}
+        first = found["sure"].argsort(descending=True, stable=True)[: self.n]
+        self.kept = {k: v[first] for k, v in found.items()}
+
+    def picture(self, name_of: Callable[[int], str]) -> Tensor | None:
+        """[1, 3, H, W] in [-1, 1]: each in a red frame over what was said and what it is; None without a mistake."""
+        if not self.kept:
+            return None
+        wrong = self.kept["sure"] >= 0  # right answers are -1
+        sure, predicted, labels = (self.kept[k][wrong].tolist() for k in ("sure", "predicted", "labels"))
+        if not sure:
+            return None
+        rows = zip(sure, predicted, labels, strict=True)
+        captions = [f"{name_of(p)} {s:.0%}, is {name_of(label)}" for s, p, label in rows]
+        return image_grid(labelled(self.kept["x"][wrong], captions, [True] * len(sure)))[None]
+
+
 def heat(x: Tensor, maps: Tensor) -> Tensor:
     """Images [B, 1|3, H, W] with maps [B, h, w] in [0, 1] laid over: [B, 3, H', W'], dark blue to yellow."""
     x = enlarge(x)
     maps = F.interpolate(maps.float().cpu()[:, None], x.shape[2:], mode="bilinear", align_corners=False)
     colour = torch.cat([maps * 2 - 1, maps**2 * 1.6 - 1, 0.2 - maps], 1)
     return (0.5 * x.mean(1, keepdim=True) + 0.5 * colour).clamp(-1, 1)
+
+
+def first_filters(net: nn.Module) -> Tensor | None:
+    """The weights [O, C, k, k] of a network's first layer that has such, a convolution or a whitening; None: none."""
+    weights = (getattr(m, "weight", None) for m in net.modules())
+    return next((w for w in weights if isinstance(w, Tensor) and w.ndim == 4), None)
 
 
 def filter_picture(weight: Tensor) -> Tensor:

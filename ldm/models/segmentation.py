@@ -58,6 +58,9 @@ class Segmenter(Classifier):
         names = [self.name_of(i) for i in range(self.num_classes)]
         return {"iou": shares(right, matrix.sum(0) + matrix.sum(1) - right, names)}
 
+    def keep_mistakes(self, x: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """None are kept: hardly a picture is without a wrong pixel."""
+
     def _out_of_range(self, labels: Tensor) -> Tensor:
         return super()._out_of_range(labels) & (labels != IGNORE)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -123,12 +123,21 @@ class VAE(BaseModel):
         return loss, logs
 
     @torch.no_grad()
-    def iwae_bound(self, x: Tensor, k: int, posterior: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """log (1/k) sum_i p(x, z_i) / q(z_i | x) with z_i from q, [B] nats; k = 1 is an ELBO sample."""
+    def iwae_bound(
+        self,
+        x: Tensor,
+        k: int,
+        posterior: DiagonalGaussianDistribution | None = None,
+        randn: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """log (1/k) sum_i p(x, z_i) / q(z_i | x) with z_i from q, [B] nats; k = 1 is an ELBO sample.
+
+        randn: template -> noise of its shape; None = from the global generator.
+        """
         posterior = self.encode(x) if posterior is None else posterior
         log_weights = []
         for _ in range(k):
-            z = posterior.sample()
+            z = posterior.sample(randn)
             log_prior = -0.5 * (z**2 + LOG_2PI).sum(1)
             log_weights.append(self.log_likelihood(x, z) + log_prior + posterior.nll(z))
         return torch.logsumexp(torch.stack(log_weights), 0) - math.log(k)

@@ -64,6 +64,10 @@ def test_the_result_says_all_it_depends_on(run, tmp_path, monkeypatch, capsys):
     )
     assert sampling["n"] == 24 and sampling["seed"] == 0 and sampling["asked_by"] == "classes"
     assert sampling["cost"]["network_calls_per_picture"] == 2 and sampling["cost"]["seconds_per_picture"] > 0
+    assert sampling["knobs"]["eta"] == 0 and sampling["knobs"]["grid"]  # what their None stands for
+    (drawer,) = sampling["drawn_by"]
+    assert drawer["commit"] == result["commit"] and drawer["batch_size"] == 8 and drawer["versions"]["torch"]
+    assert result["real"]["resize"] == "bicubic, antialiased, from 8x8" and result["drawn"]["resize"] == "none"
     assert result["weights"] == "ema" and result["commit"] and result["versions"]["torch"]
     assert any("24 pictures for 64 features" in n for n in result["notes"])
     assert (out / f"{sampling_folder(result)}-nearest.png").is_file()
@@ -160,6 +164,18 @@ def test_a_folder_against_itself_is_at_distance_zero(run, tmp_path, monkeypatch,
     assert call(monkeypatch, *argv) == 0
     metrics = json.loads(capsys.readouterr().out)["metrics"]
     assert abs(metrics["fid"]) < 1e-3 and metrics["precision"] == metrics["recall"] == 1
+
+
+def test_real_pictures_of_another_size_decide_the_size_of_both(run, tmp_path, monkeypatch, capsys):
+    """Of one data set at one size whatever size the model draws: nearest neighbours and sharpness are comparable."""
+    text = (ROOT / "configs/diffusion/ddpm_digits.yaml").read_text()
+    assert text.count("    size: 16\n") == 1
+    (tmp_path / "large.yaml").write_text(text.replace("    size: 16\n", "    size: 24\n"))
+    argv = arguments(run, tmp_path, "--real", tmp_path / "large.yaml", "--metrics", "fid", "sharpness", "memorisation")
+    assert call(monkeypatch, *argv) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["real"]["size"] == result["drawn"]["size"] == [24, 24]
+    assert result["drawn"]["resize"] == "bicubic, crop, from 16x16"
 
 
 def test_an_autoencoder(vae, tmp_path, monkeypatch, capsys):

@@ -1,9 +1,15 @@
 """Distances between features: values known by hand, torch-fidelity's own, and what is known to go wrong."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import sqrtm
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from ldm.evaluation import distances
 from ldm.util import UserError
@@ -121,3 +127,100 @@ def test_memory_maps_are_taken_as_they_are(tmp_path):
     assert fid(mapped, b) == pytest.approx(fid(a, b))
     assert distances.precision_recall(mapped, b) == distances.precision_recall(a, b)
     assert distances.kernel_distance(mapped, b) == distances.kernel_distance(a, b)
+
+
+# --- against torch-fidelity, block by block ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [7, 10, 503])
+@pytest.mark.parametrize("block", [16, 2048])
+def test_inception_score_is_torch_fidelity_s_whatever_the_blocks(n, block, monkeypatch):
+    monkeypatch.setattr(distances, "BLOCK", block)
+    logits = normal(n, 12, scale=4)
+    theirs = isc_features_to_metric(torch.from_numpy(logits), min(10, n), True, 2020)
+    ours = distances.inception_score(logits)
+    assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+    assert ours["is_std"] == pytest.approx(theirs["inception_score_std"], rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("block", [16, 2048])
+def test_precision_and_recall_are_torch_fidelity_s_whatever_the_blocks(block, monkeypatch):
+    monkeypatch.setattr(distances, "BLOCK", block)
+    a, b = normal(203), normal(151, seed=1, shift=0.4, scale=1.3)
+    theirs = calculate_precision_recall_full(torch.from_numpy(a), torch.from_numpy(b))
+    found = distances.precision_recall(a, b)
+    assert (found["precision"], found["recall"]) == pytest.approx(theirs) and 0 < theirs[1] < theirs[0]
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+MEASURES = {
+    "fid": fid,
+    "prc": distances.precision_recall,
+    "dc": distances.density_coverage,
+    "is": lambda a, b: distances.inception_score(a, splits=2),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_memory_does_not_grow_with_the_number_of_pictures(name, monkeypatch, tmp_path):
+    """But for a few numbers a picture: four times the pictures, blocks of the same size."""
+    monkeypatch.setattr(distances, "BLOCK", 32)
+    np.save(tmp_path / "f.npy", normal(2400, 48))
+    largest, peaks = [], []
+    for n in (600, 2400):
+        x = np.load(tmp_path / "f.npy", mmap_mode="r")[:n]
+        tracemalloc.start()  # numpy tells it what it takes
+        with Largest() as seen:
+            MEASURES[name](x, x)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        largest.append(seen.elements)
+    assert largest[1] <= max(48 * 48, 32 * (32 + 6), 2400)  # a block of distances, a covariance, a number a picture
+    assert peaks[1] - peaks[0] < 6 * 8 * (2400 - 600) + 20_000  # 48 numbers a picture would be 345 kB
+
+
+# --- torch-fidelity 0.4.0's own tests that need no weights ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [50, 2048])
+def test_the_convention_of_precision_and_recall_is_theirs(block, monkeypatch):
+    """tests/torch_pure/misc/test_prc_convention.py: collapsed pictures in wide data, precision > 0.8, recall < 0.3."""
+    monkeypatch.setattr(distances, "BLOCK", block)
+    rng = torch.Generator().manual_seed(42)
+    drawn, real = torch.randn(200, 16, generator=rng) * 0.1, torch.randn(200, 16, generator=rng) * 3.0
+    found = distances.precision_recall(drawn, real)
+    assert found["precision"] > 0.8 and found["recall"] < 0.3
+    full = calculate_precision_recall_full(drawn, real)
+    assert (found["precision"], found["recall"]) == pytest.approx(full, abs=1e-6)
+
+
+STATISTICS = [(4, 4, 1), *((2**i, 2**j, 2023) for i in (1, 4, 8, 12) for j in (1, 4, 8))]
+
+
+@pytest.mark.parametrize(("n", "dims", "seed"), STATISTICS)
+def test_fid_of_their_statistics(n, dims, seed):
+    """tests/torch_pure/misc/test_fid_stats_fn.py: equal to their function, and to the root of the matrix, to 5 places.
+
+    Four features of four pictures with seed 1 gave NaN in one of their versions.
+    """
+    rng = np.random.RandomState(seed)
+    x, y = (torch.tensor(rng.randn(n, dims)) for _ in range(2))
+    ours = distances.frechet_distance(*(distances.Moments(dims).add(f) for f in (x, y)))
+    # roots of eigenvalues that are 0 but for rounding: a sum over hundreds of dimensions is less exact
+    assert ours == pytest.approx(theirs(x.numpy(), y.numpy()), abs=1e-5, rel=1e-12 if n > dims else 1e-6)
+    if n > dims:  # else the product is singular, and its root not unique
+        c, d = (np.cov(f.numpy(), rowvar=False) for f in (x, y))
+        means = float(((x.mean(0) - y.mean(0)) ** 2).sum())
+        assert ours == pytest.approx(means + np.trace(c + d - 2 * sqrtm(c @ d).real), abs=1e-5)

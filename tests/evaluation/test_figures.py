@@ -5,16 +5,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import norm
 from torchmetrics.classification import MulticlassCalibrationError
 
 from ldm.data.base import ArrayDataset
 from ldm.data.builtin import Digits
+from ldm.data.openmoji import OpenMoji
+from ldm.data.vision import CIFAR10
 from ldm.evaluation import likelihood, quality, recognition, reconstruction
 from ldm.evaluation.corruptions import CORRUPTIONS
 from ldm.evaluation.features import MODELS
 from ldm.evaluation.path_length import path_length
-from ldm.evaluation.pictures import Pictures, of_config
+from ldm.evaluation.pictures import Pictures, of_config, of_dataset, of_files
 from ldm.evaluation.sampling import balanced
 from ldm.evaluation.text import clip_score
 from ldm.generate import load_run
@@ -57,6 +60,29 @@ def test_real_pictures_are_the_loader_s_without_its_augmentations():
     assert torch.equal(found.get(range(len(found))), digits.images.permute(0, 3, 1, 2))
     assert (found.labels() == digits.labels.numpy()).all()
     assert found.about["split"] == "train" and found.about["n"] == 1257 and found.about["size"] == [16, 16]
+
+
+@pytest.mark.parametrize(
+    ("size", "resize"), [(8, "none"), (16, "bicubic, antialiased, from 8x8"), (32, "bicubic, antialiased, from 8x8")]
+)
+def test_the_filter_of_the_digits_is_stated(size, resize):
+    params = {**CONFIG["data"]["params"], "size": size}
+    assert of_config({"data": {**CONFIG["data"], "params": params}}, "train").about["resize"] == resize
+
+
+def test_the_filters_of_other_sets_are_stated(tmp_path):
+    drawings = OpenMoji(size=16)
+    assert of_dataset(drawings, {}).about["resize"] == "none: drawn at this size"
+    for side, resize in ((32, "none"), (24, "bicubic, antialiased, from 32x32")):
+        data = ArrayDataset(torch.zeros(2, side, side, 3, dtype=torch.uint8))
+        data.__class__ = type("CIFAR10", (ArrayDataset,), {"native_size": CIFAR10.native_size})  # without its files
+        assert of_dataset(data, {}).about["resize"] == resize
+    for i in range(2):
+        Image.new("L", (20, 20)).save(tmp_path / f"{i}.png")
+    names, labels = ["0.png", "1.png"], np.zeros(2, np.int64)
+    assert of_files(tmp_path, names, labels, 1).about["resize"] == "none"
+    small = of_files(tmp_path, names, labels, 3, (16, 16))  # brought to the real pictures' size and channels
+    assert small.about["resize"] == "bicubic, crop, from 20x20" and small.get([0, 1]).shape == (2, 3, 16, 16)
 
 
 def test_the_checksum_is_that_of_the_pixels():
@@ -233,6 +259,29 @@ def test_a_vae_that_knows_nothing_needs_eight_bits():
             p.zero_()  # q(z | x) is the prior: no bits in the latent
     found = likelihood.bits_per_dimension(model, pictures(noise(50, size=8).clamp(1, 254)), "cpu")
     assert found["bits_per_dimension"] > 8
+
+
+def diffusion(cls, image_size=4):
+    unet = {"model_channels": 32, "num_res_blocks": 1, "channel_mult": [1], "attention_resolutions": []}
+    unet |= {"image_size": image_size, "in_channels": 1, "out_channels": 1, "num_heads": 1}
+    config = {"target": "ldm.modules.unet.UNetModel", "params": unet}
+    return cls(config, timesteps=20, use_ema=False, channels=1).eval()
+
+
+@pytest.mark.parametrize("family", ["vae", "ddpm"])
+def test_bits_are_a_function_of_the_seed_and_the_picture(family):
+    """Not of the batches, nor of random numbers drawn before."""
+    config = {"encoder_config": MLP_IN, "decoder_config": MLP_OUT, "likelihood": "gaussian", "iwae_samples": 3}
+    model = VAE(size=4, channels=1, latent_dim=2, **config).eval() if family == "vae" else diffusion(DDPM)
+    x = pictures(noise(9, size=4))
+    first = likelihood.bits_per_dimension(model, x, "cpu", seed=5)
+    torch.rand(7)
+    again = likelihood.bits_per_dimension(model, x, "cpu", batch_size=4, seed=5)
+    assert again["bits_per_dimension"] == pytest.approx(first["bits_per_dimension"], rel=1e-6)
+    assert first["bits_per_dimension_seed"] == 5
+    other = likelihood.bits_per_dimension(model, x, "cpu", seed=6)
+    assert abs(other["bits_per_dimension"] - first["bits_per_dimension"]) > 1e-5 * first["bits_per_dimension"]
+    assert likelihood.bits_per_dimension(model, x, "cpu", seed=5) == first
 
 
 class Oracle(DDPM):

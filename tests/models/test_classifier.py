@@ -279,7 +279,7 @@ def test_weights_of_another_network(tmp_path):
         classifier(weights=save(tmp_path, resnet.resnet32(num_classes=9, width=0.5)), allow_head=True)
     with pytest.raises(UserError, match="does not exist"):
         classifier(weights=str(tmp_path / "none.pth"))
-    with pytest.raises(UserError, match="expected torchvision://NAME, timm://name or a file"):
+    with pytest.raises(UserError, match="expected torchvision://NAME, timm://name, a file or a run directory"):
         classifier(weights="hub://x")
 
 

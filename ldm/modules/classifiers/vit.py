@@ -122,7 +122,7 @@ class VisionTransformer(ImageNetwork):
         """[B, in_channels, S, S] -> the class token and one vector a patch, [B, 1 + (S / patch_size)^2, dim]."""
         self.check(x.shape)
         x = self.conv_proj(x).flatten(2).transpose(1, 2)
-        return torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)
+        return torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.encoder(self.tokens(x))

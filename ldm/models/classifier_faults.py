@@ -1,0 +1,40 @@
+"""What a network of torchvision or timm says of images that do not fit it, in words for the user."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ldm.util import UserError
+
+# torch's convolutions and pools; torchvision's and timm's Vision Transformers
+WRONG_SIZE = re.compile(
+    r"output size is too small|kernel size can't be greater than actual input|non-zero size for (input|output)"
+    r"|wrong image (height|width)|input (height|width|size) .*(doesn't match|should be divisible)",
+    re.IGNORECASE,
+)
+ONE_VALUE = "Expected more than 1 value per channel"
+
+
+def explained(error: Exception, shape: Sequence[int], network: str) -> UserError | None:
+    """The user's fault behind an error inside a network, or None where it is something else.
+
+    Args:
+        error: what the network raised.
+        shape: of the images, [B, C, H, W].
+        network: its name.
+    """
+    text, size = str(error), f"{shape[2]}x{shape[3]}"
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), "")[:150]
+    if ONE_VALUE in text and shape[0] == 1:
+        return UserError(
+            f"{network}: got a batch of 1 image of {size}, of which batch norm in training sees one value a channel, "
+            "expected 2 images or more: set data.params.drop_last=true, or a data.params.batch_size that leaves no "
+            "single image in the last batch"
+        )
+    if ONE_VALUE in text or WRONG_SIZE.search(text):
+        return UserError(
+            f"{network}: got images of {size}, expected a size that the network takes ({reason}); "
+            "see data.params.size and model.params.network_config"
+        )
+    return None
