@@ -21,6 +21,7 @@ COMMANDS = (
     ["txt2img.py", "--keep"],
     ["sd_memory.py"],
     ["fid.py"],
+    ["drawing.py"],
 )
 
 
