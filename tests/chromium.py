@@ -114,13 +114,14 @@ class Browser:
         await self.run(f"document.querySelector({json.dumps(selector)}).blur()")
 
     async def pixels(self, selector):
-        """What an <img> holds, uint8 [H, W, 3]."""
+        """What an <img> holds, uint8 [H, W, 3], once it does: decode() fails while the page puts another picture in."""
         script = (
-            f"(async () => {{ const i = document.querySelector({json.dumps(selector)}); await i.decode();"
+            f"(async () => {{ const i = document.querySelector({json.dumps(selector)});"
+            " try { await i.decode(); } catch (e) { return null; }"
             " const c = document.createElement('canvas'); c.width = i.naturalWidth; c.height = i.naturalHeight;"
             " c.getContext('2d').drawImage(i, 0, 0); return c.toDataURL('image/png').split(',')[1]; })()"
         )
-        return np.asarray(Image.open(io.BytesIO(base64.b64decode(await self.run(script)))).convert("RGB"))
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(await self.until(script, 20)))).convert("RGB"))
 
     async def press(self, selector):
         """A click in the middle of an element."""

@@ -38,12 +38,15 @@ RUNS = {
     "stylegan_run": "configs/gan/stylegan2_digits.yaml",
     "gpt_run": "configs/autoregressive/digits_gpt.yaml",
     "vq_run": "configs/autoregressive/openmoji_vqgan.yaml",
+    "cifar10_vq_run": "configs/autoregressive/cifar10_vqgan.yaml",
+    "cifar10_gpt_run": "configs/autoregressive/cifar10_gpt.yaml",
     "dalle_run": "configs/autoregressive/openmoji_dalle.yaml",
     "cogview_run": "configs/autoregressive/openmoji_cogview.yaml",
 }
 DIFFUSION = {name for name, config in RUNS.items() if "diffusion/" in config}
 # the run that another one starts from
 FIRST_STAGE = {"latent_run": "first_run", "dalle_run": "vq_run", "cogview_run": "vq_run"}
+FIRST_STAGE |= {"cifar10_gpt_run": "cifar10_vq_run"}
 # every checkpoint is kept, for its curve
 KEEP = ("every_n_train_steps=1", "save_top_k=-1", "filename=at_{step}")
 KEPT = {"txt2img_run": [f"lightning.modelcheckpoint.params.{k}" for k in KEEP]}
@@ -81,7 +84,8 @@ class Things:
             yaml = str(ROOT / RUNS[name])
             argv = ["-t", "-b", yaml, "-l", self.folder / name, "--max_steps", 2, "--no-test", *small([yaml])]
             argv += KEPT.get(name, [])
-            if "root: ???" in Path(yaml).read_text(encoding="utf-8"):
+            text = Path(yaml).read_text(encoding="utf-8")
+            if "root: ???" in text or "ldm.data.vision." in text:  # which would download
                 argv.append(f"data.params.root={self.pictures()}")
             if name in FIRST_STAGE:
                 argv.append(f"first_stage={self.run(FIRST_STAGE[name])}")
