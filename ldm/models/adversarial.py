@@ -27,6 +27,8 @@ class AdversarialModel(BaseModel):
     Args:
         accumulate: batches per update; what is left at the end of an epoch makes an update too.
         disc_steps: updates of the discriminator per update of the generator, each on batches of its own.
+        lr_g_factor: learning rate of the generator as a multiple of the discriminator's, which is `learning_rate`: two
+            time scales (Heusel et al. 2017).
         clip: largest gradient norm, of the generator and of the discriminator apart; None for no limit.
 
     `accumulate_grad_batches` and `gradient_clip_val` of the Trainer, which Lightning refuses for two optimisers, are
@@ -38,13 +40,23 @@ class AdversarialModel(BaseModel):
 
     loss_names = ("generator_loss", "discriminator_loss")  # what the two losses are logged as
 
-    def __init__(self, *, accumulate: int = 1, clip: float | None = None, disc_steps: int = 1, **base: Any) -> None:
+    def __init__(
+        self,
+        *,
+        accumulate: int = 1,
+        clip: float | None = None,
+        disc_steps: int = 1,
+        lr_g_factor: float = 1.0,
+        **base: Any,
+    ) -> None:
         super().__init__(**base)
         for name, value in (("accumulate", accumulate), ("disc_steps", disc_steps)):
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         self.automatic_optimization = False
-        self.accumulate, self.clip, self.disc_steps = accumulate, clip, disc_steps
+        if lr_g_factor <= 0:
+            raise ValueError(f"lr_g_factor: got {lr_g_factor}, expected a number over 0")
+        self.accumulate, self.clip, self.disc_steps, self.lr_g_factor = accumulate, clip, disc_steps, lr_g_factor
         self.clip_algorithm: str | None = None
         self.updates = self.disc_updates = self._batch_idx = 0
         self._window: list[dict[str, Any]] = []
@@ -91,6 +103,8 @@ class AdversarialModel(BaseModel):
 
     def configure_optimizers(self) -> Any:
         optimizers = [self.build_optimizer(self.generator_parameters())]
+        for group in optimizers[0].param_groups:
+            group["lr"] *= self.lr_g_factor
         if others := self.discriminator_parameters():
             optimizers.append(self.build_optimizer(others))
         schedulers = [self.build_scheduler(o) for o in optimizers]

@@ -163,10 +163,11 @@ class VQModel(AutoencoderBase):
             ckpt_path=ckpt_path,
             ignore_keys=ignore_keys,
             scheduler_config=scheduler_config,
+            lr_g_factor=lr_g_factor,
             **base,
         )
         self.embed_dim, self.n_embed = embed_dim, n_embed
-        self.batch_resize_range, self.lr_g_factor = batch_resize_range, lr_g_factor
+        self.batch_resize_range = batch_resize_range
         if quantizer_config is None:
             self.quantize: nn.Module = VectorQuantizer2(
                 n_embed, embed_dim, beta=0.25, remap=remap, sane_index_shape=sane_index_shape
@@ -229,16 +230,6 @@ class VQModel(AutoencoderBase):
 
     def _between(self) -> list[nn.Module]:
         return [self.quantize, *super()._between()]
-
-    def configure_optimizers(self) -> Any:
-        optimizers, schedulers = super().configure_optimizers()
-        for group in optimizers[0].param_groups:
-            group["lr"] *= self.lr_g_factor
-            if "initial_lr" in group:
-                group["initial_lr"] *= self.lr_g_factor
-        for scheduler in schedulers[:1]:
-            scheduler["scheduler"].base_lrs = [g["initial_lr"] for g in optimizers[0].param_groups]
-        return optimizers, schedulers
 
     def generator_loss(self, batch: dict[str, Any]) -> Losses:
         x = self.get_input(batch, self.image_key)

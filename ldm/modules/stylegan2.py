@@ -34,6 +34,8 @@ from ldm.modules.stylegan2_mapping import mix_styles as mix_styles
 from ldm.modules.stylegan2_mapping import style_mixing as style_mixing
 from ldm.modules.stylegan2_ops import setup_filter, upsample2d
 
+OUTPUTS = ("linear", "tanh")
+
 
 class SynthesisBlock(Block):
     """One resolution of the synthesis network: upsampling convolution, convolution, and the image so far.
@@ -144,7 +146,12 @@ class SynthesisNetwork(nn.Module):
         channel_base: channels times resolution.
         channel_max: largest number of channels.
         num_fp16_res: number of highest resolutions in low precision; never below 8x8.
+        output: "linear" as in the paper, or "tanh" after the sum of all toRGB layers, as in DCGAN: drawings have large
+            areas of pure white and black, which a linear layer only comes near to.
         **block_kwargs: further arguments of `SynthesisBlock`.
+
+    Raises:
+        ValueError: another output.
     """
 
     forwards_kwargs_to = SynthesisBlock
@@ -157,10 +164,13 @@ class SynthesisNetwork(nn.Module):
         channel_base: int = 32768,
         channel_max: int = 512,
         num_fp16_res: int = 4,
+        output: str = "linear",
         **block_kwargs: Any,
     ) -> None:
         super().__init__()
-        self.w_dim, self.img_resolution, self.img_channels = w_dim, img_resolution, img_channels
+        if output not in OUTPUTS:
+            raise ValueError(f"output: got {output!r}, expected one of {', '.join(OUTPUTS)}")
+        self.w_dim, self.img_resolution, self.img_channels, self.output = w_dim, img_resolution, img_channels, output
         self.block_resolutions = resolutions(img_resolution, lowest=4)
         self.num_ws, channels = 0, 0
         for res in self.block_resolutions:
@@ -201,6 +211,8 @@ class SynthesisNetwork(nn.Module):
             mine = ws[:, start : start + block.num_conv + block.num_torgb]
             x, img = block(x, img, mine, force_fp32, fused_modconv, noise_mode, randn)
             start += block.num_conv
+            if block.is_last and self.output == "tanh":
+                img = torch.tanh(img)
             yield res, x, img
 
     def forward(

@@ -146,6 +146,19 @@ def test_schedules_step_once_per_update(tmp_path):
     assert [o.param_groups[0]["lr"] for o in t.optimizers] == pytest.approx([0.1 / 8] * 2)
 
 
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_two_time_scales(tmp_path, warm_up):
+    target = "torch.optim.lr_scheduler.StepLR"
+    schedule = {"target": target, "params": {"step_size": 1, "gamma": 0.5}} if warm_up else None
+    model = Toy(scheduler_config=schedule, lr_g_factor=4.0)
+    t = trainer(tmp_path, max_steps=2)
+    t.fit(model, loader())
+    ours, theirs = (o.param_groups[0]["lr"] for o in t.optimizers)
+    assert theirs == pytest.approx(0.1 / 4 if warm_up else 0.1) and ours == pytest.approx(4 * theirs)
+    with pytest.raises(ValueError, match="lr_g_factor: got 0"):
+        Toy(lr_g_factor=0)
+
+
 def test_the_average_moves_once_per_update(tmp_path):
     model = Toy(use_ema=True, accumulate=2)
     trainer(tmp_path, max_steps=5).fit(model, loader())

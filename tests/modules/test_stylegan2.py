@@ -367,6 +367,21 @@ def test_steps_stop_where_the_caller_stops():
     assert features.shape == (1, 16, 8, 8) and run == [4, 8]
 
 
+@pytest.mark.parametrize("architecture", ["skip", "resnet", "orig"])
+@torch.no_grad()
+def test_output_through_tanh(architecture):
+    linear, squashed = (Generator(**TINY, architecture=architecture, output=o) for o in ("linear", "tanh"))
+    squashed.load_state_dict(linear.state_dict())
+    ws = 9 * torch.randn(4, linear.num_ws, 8)
+    plain, image = (g.synthesis(ws, noise_mode="const") for g in (linear, squashed))
+    assert plain.abs().max() > 1 and torch.equal(image, torch.tanh(plain))
+    before = [x for res, _, x in squashed.synthesis.steps(ws, "const") if res == 8][0]
+    wanted = [x for res, _, x in linear.synthesis.steps(ws, "const") if res == 8][0]
+    assert before is None is wanted or torch.equal(before, wanted)  # once, at the end
+    with pytest.raises(ValueError, match="output: got 'sigmoid', expected one of linear, tanh"):
+        Generator(**TINY, output="sigmoid")
+
+
 @torch.no_grad()
 def test_low_precision_of_the_upper_blocks():
     torch.manual_seed(0)
