@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from ldm.models import classifier_pictures as pictures
-from ldm.models.classifier_report import shares
+from ldm.models.classifier_report import by_class, shares
 from ldm.modules.classifiers import augment, explain
 from ldm.modules.classifiers.fastnet import Whitening, fastnet
 from ldm.modules.classifiers.resnet import resnet20
@@ -190,6 +191,25 @@ def test_report_states_last_and_best_and_every_class(tmp_path):
     other = classifier()
     other.on_load_checkpoint(state)
     assert other.report.best == model.report.best and other.report.minutes >= state["report"]["minutes"] > 0
+
+
+def test_the_classes_are_named_at_the_end_of_training_and_testing(caplog, tmp_path):
+    model = classifier(use_ema=True, ema_decay=0.5)
+    model.class_names = [f"c{i}" for i in range(7)]
+    with caplog.at_level("INFO"):
+        trainer = fit(model, steps=4, logger=CSVLogger(tmp_path), default_root_dir=str(tmp_path))
+        trainer.test(model, DataLoader(Pictures(), 8), verbose=False)
+    for split in ("val", "test"):
+        (line,) = [m for m in caplog.messages if m.startswith(f"{split}/acc1_ema by class, the lowest first: c")]
+        report = json.loads((tmp_path / f"report_{split}.json").read_text())["ema"]["per_class"]
+        known = {name: v for name, v in report.items() if v is not None}
+        said = [part.rsplit(" ", 2) for part in line.partition(": ")[2].split(", ")]
+        assert {name: float(v) for name, v, _ in said} == {
+            k: pytest.approx(100 * v, abs=0.06) for k, v in known.items()
+        }
+        assert [float(v) for _, v, _ in said] == sorted(float(v) for _, v, _ in said)
+    many = by_class({str(i): i / 100 for i in range(100)} | {"none": None})
+    assert many.startswith("by class, the lowest 20 of 100: 0 0.0 %, 1 1.0 %") and many.endswith(", 19 19.0 %")
 
 
 def test_shares_and_confusion_picture():
