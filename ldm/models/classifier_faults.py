@@ -1,9 +1,10 @@
-"""What a network of torchvision or timm says of images that do not fit it, in words for the user."""
+"""Images that do not fit a network of torchvision or timm, or the statistics of their pixels, in words for the user."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from ldm.util import UserError
 
@@ -38,3 +39,30 @@ def explained(error: Exception, shape: Sequence[int], network: str) -> UserError
             "see data.params.size and model.params.network_config"
         )
     return None
+
+
+def checked_statistics(normalize: Any) -> tuple[list[float], list[float]]:
+    """`model.params.normalize` as (means, deviations).
+
+    Raises:
+        UserError: something else.
+    """
+    try:
+        mean, std = ([float(v) for v in values] for values in normalize)
+        if len(mean) == len(std) > 0 and min(std) > 0:
+            return mean, std
+    except (TypeError, ValueError):
+        pass
+    raise UserError(
+        f"model.params.normalize: got {normalize!r}, expected imagenet, none, or [means, deviations] of pixels in "
+        "[0, 1], each a list with a number for every channel, deviations above 0: [[0.5], [0.25]] for grey pictures"
+    )
+
+
+def other_channels(statistics: int, images: int) -> UserError:
+    """The fault of statistics of so many channels for images of another number."""
+    return UserError(
+        f"model.params.normalize: got means and deviations of {statistics} channels for images of {images}, expected "
+        f"{images} of each: set model.params.normalize=none, or to [means, deviations] of {images}; or "
+        f"data.params.channels={statistics} and model.params.network_config.params.in_channels={statistics}"
+    )

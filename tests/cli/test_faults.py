@@ -193,6 +193,12 @@ def test_label_out_of_range(capsys, tmp_path):
     assert "label" in message and "5" in message
 
 
+def test_statistics_of_three_channels_for_grey_pictures(capsys, tmp_path):
+    message = fails(capsys, *train(tmp_path, "model.params.normalize=imagenet"))
+    assert "model.params.normalize: got means and deviations of 3 channels for images of 1, expected 1" in message
+    assert "normalize=none" in message and "data.params.channels=3" in message
+
+
 def test_nan_loss_stops_and_keeps_the_good_checkpoint(capsys, tmp_path):
     assert run_main(*train(tmp_path, "--no-test")) == 0
     run = only_run(tmp_path / "logs")
