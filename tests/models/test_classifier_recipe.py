@@ -1,6 +1,7 @@
 """The Classifier's options: augmentation, distillation, freezing, views in testing, report, fast recipe."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from ldm.config import load_yaml
 from ldm.models import classifier_pictures as pictures
 from ldm.models.classifier_report import by_class, shares
 from ldm.modules.classifiers import augment, explain
@@ -18,7 +20,7 @@ from ldm.modules.classifiers.fastnet import Whitening, fastnet
 from ldm.modules.classifiers.resnet import resnet20
 from ldm.modules.classifiers.vit import vit_ti_16
 from ldm.util import ConfigError, UserError
-from tests.cli.tools import QUICK, config, only_run, run_main
+from tests.cli.tools import QUICK, ROOT, config, only_run, run_main
 from tests.models.test_classifier import NET, Pictures, batch, classifier, fit
 
 V2 = "torchvision.transforms.v2."
@@ -320,6 +322,21 @@ def test_fastnet_takes_small_images_only():
         fastnet(width=0.125)(torch.rand(2, 3, 16, 16))
     with pytest.raises(ValueError, match="expected small"):
         fastnet(stem="imagenet")
+
+
+def test_the_fast_config_s_header_says_what_it_does_and_what_was_measured():
+    path = ROOT / "configs/classifier/fast_cifar10.yaml"
+    text = " ".join(line.strip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    yaml, row = load_yaml(path), json.loads((ROOT / "results/cifar10/fastnet.json").read_text())
+    assert f"in {yaml.lightning.trainer.max_epochs} epochs" in text
+    assert yaml.model.params.use_ema and yaml.model.params.test_views == "flip+shift" and "averaged weights" in text
+    assert yaml.data.params.train.params.flip_p == "alternate" and "flips in turn" in text
+    assert "Muon" in text and yaml.model.params.optimizer_config.params.hidden.target.endswith("Muon")
+    assert f"{row['top1']:.1f} % after {row['minutes']:.0f}" in text and "ema weights" in row["source"]
+    curve = row["curves"]["val/acc1_ema"]
+    share, minutes = re.search(r"(\d+) % within (\d+) minutes", text).groups()
+    reached = next(step for step, value in curve if 100 * value >= int(share))
+    assert reached / curve[-1][0] * row["minutes"] <= int(minutes)
 
 
 def test_fast_config_learns(tmp_path):
