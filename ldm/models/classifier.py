@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from ldm.models import param_groups
 from ldm.models.base import BaseModel
-from ldm.models.classifier_faults import checked_statistics, explained, other_channels
+from ldm.models.classifier_faults import check_data, checked_statistics, explained, other_channels
 from ldm.models.classifier_pictures import Mistakes, filter_picture, first_filters, heat, labelled
 from ldm.models.classifier_report import Report, shares, write_picture
 from ldm.models.framework import rank_zero_info
@@ -88,6 +88,10 @@ class Classifier(BaseModel):
         **base: Any,
     ) -> None:
         super().__init__(**base)
+        if num_classes < 2:
+            raise ValueError(
+                f"got num_classes={num_classes}, expected 2 or more: a sub-folder with pictures for each class"
+            )
         self.num_classes, self.first_stage_key, self.label_key = num_classes, first_stage_key, label_key
         self.label_smoothing, self.aux_weight, self.layer_decay = label_smoothing, aux_weight, layer_decay
         views(torch.zeros(1, 1, 2, 2), test_views)
@@ -323,6 +327,10 @@ class Classifier(BaseModel):
             if picture is not None:
                 write_picture(self.trainer, split, "mistakes", picture)
         self.mistakes.reset()
+
+    def setup(self, stage: str) -> None:
+        """Looks at the classes of the data before anything is trained or tested."""
+        check_data(getattr(self.trainer, "datamodule", None), self.num_classes)
 
     def on_fit_start(self) -> None:
         self.report.start()

@@ -241,6 +241,8 @@ def test_wrong_parameters():
             UserError, match=rf"^model.params.normalize: got {re.escape(repr(wrong))}, expected imagenet"
         ):
             classifier(normalize=wrong)
+    with pytest.raises(ValueError, match="got num_classes=1, expected 2 or more"):
+        classifier(1)
     with pytest.raises(ConfigError, match="unknown key widht"):
         classifier(network={"target": NET["target"], "params": {"widht": 2}})
 
@@ -277,7 +279,7 @@ def test_weights_of_another_class_count(tmp_path):
 
 def test_weights_of_another_network(tmp_path):
     path = save(tmp_path, resnet.resnet32(num_classes=7, width=0.5))
-    with pytest.raises(UserError, match="unexpected .*layer1.3"):
+    with pytest.raises(UserError, match=r"unexpected .*layer1.3.* Is it the checkpoint of this config\?$"):
         classifier(weights=path)
     with pytest.raises(UserError, match="unexpected"):  # allow_head opens the door for the head only
         classifier(weights=save(tmp_path, resnet.resnet32(num_classes=9, width=0.5)), allow_head=True)
