@@ -112,11 +112,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as e:
-        from ldm.util import is_out_of_memory
+        from ldm.util import is_out_of_memory, message_of
 
-        code, message = getattr(e, "exit_code", None), str(e)
-        if code is None and "ldm.util.UserError: " in message:  # raised in a process that loads data
-            code, message = 2, message.rpartition("ldm.util.UserError: ")[2].strip()
+        code, message = getattr(e, "exit_code", None), message_of(e)
+        if code is None and message != str(e).strip():  # the user's fault, raised in a process that loads data
+            code = 2
         if code is None and is_out_of_memory(e):
             code, message = 1, out_of_memory()
         if code is None:

@@ -23,6 +23,12 @@ TORCHVISION = {
 TIMM = "timm, results/results-imagenet.csv"
 # label -> (file.function, its parameters, top-1 per cent of one crop of the validation set, where from)
 OTHERS: dict[str, tuple[str, dict[str, Any], float, str]] = {
+    "alexnet, norm: bn": (
+        "alexnet.alexnet",
+        {"norm": "bn"},
+        60.1,
+        "Caffe model of Simon et al. 2016 (arxiv.org/abs/1612.01452), which has batch norms after hidden layers too",
+    ),
     "nin": ("nin.nin", {}, 59.36, "the authors' Caffe model (gist.github.com/mavenlin/d802a5849de39225bcc6)"),
     "nin, norm: bn": ("nin.nin", {"norm": "bn"}, 62.6, "Torch model (gist.github.com/szagoruyko/0f5b4c5e2d2b18472854)"),
     "inception_v4": ("inception.inception_v4", {}, 80.156, f"{TIMM} (inception_v4.tf_in1k)"),
@@ -32,6 +38,27 @@ OTHERS: dict[str, tuple[str, dict[str, Any], float, str]] = {
     "seresnet101": ("resnet.seresnet101", {}, 78.386, f"{TIMM} (legacy_seresnet101.in1k)"),
     "seresnet152": ("resnet.seresnet152", {}, 78.660, f"{TIMM} (legacy_seresnet152.in1k)"),
     "senet154": ("senet.senet154", {}, 81.308, f"{TIMM} (legacy_senet154.in1k)"),
+    "vit_ti_16": ("vit.vit_ti_16", {}, 72.172, f"{TIMM} (deit_tiny_patch16_224.fb_in1k)"),
+    "vit_s_16": ("vit.vit_s_16", {}, 79.844, f"{TIMM} (deit_small_patch16_224.fb_in1k)"),
+    "vit_s_32": (
+        "vit.vit_s_32",
+        {},
+        75.994,
+        f"{TIMM} (vit_small_patch32_224.augreg_in21k_ft_in1k), trained on ImageNet-21k first",
+    ),
+    "vit_h_14": (
+        "vit.vit_h_14",
+        {},
+        85.708,
+        "torchvision, IMAGENET1K_SWAG_LINEAR_V1, trained on 3.6 billion pictures of Instagram first",
+    ),
+}
+# the networks of this project without such a figure, and why
+WITHOUT = {
+    "enet, enet_encoder": "only as a bubble of a chart (Canziani et al. 2016, arxiv.org/abs/1605.07678)",
+    "plain18, plain34": "only of ten crops (He et al. 2015, table 2)",
+    "resnet20, resnet32, resnet44, resnet56, resnet110, plain20, plain32, plain44, plain56, plain110": "for CIFAR-10",
+    "fastnet": "this project's own, for 32x32 images",
 }
 LARGER = {"inception_v3": 299, "inception_v4": 299}  # pixels, where they are not 224
 AUXILIARY = ("aux", "AuxLogits")
@@ -67,12 +94,24 @@ def parameters(net: nn.Module) -> int:
 
 def gflops(net: nn.Module, x: Tensor) -> float:
     """GFLOP of one image of the batch x [B, C, H, W] (`torch.utils.flop_counter`)."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        net.eval()(x)
+    # the counter overlooks what torch does in one piece: attention on the CPU, and nn.MultiheadAttention
+    counter, mha = FlopCounterMode(display=False), torch.backends.mha
+    fast = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            net.eval()(x)
+    finally:
+        mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() / len(x) / 1e9
+
+
+def left_out() -> str:
+    """A sentence on the networks without a published figure, for below the table."""
+    return "No published top-1 of one crop: " + "; ".join(f"{names} ({why})" for names, why in WITHOUT.items()) + ".\n"
 
 
 def published() -> list[Figure]:

@@ -43,6 +43,11 @@ class UserError(Exception):
     exit_code = 2
 
 
+def message_of(error: BaseException) -> str:
+    """Its message; of one that was raised in a process that loads data, without that process's traceback."""
+    return str(error).rpartition("ldm.util.UserError: ")[2].strip()
+
+
 class ConfigError(UserError):
     """A wrong `target:` or parameter; main.py adds the file and the key.
 
@@ -134,7 +139,7 @@ def instantiate_from_config(config: Mapping[str, Any] | str, **extra: Any) -> An
 
     Raises:
         ConfigError: no target, unknown target, unknown or missing parameter, wrong type, or a ValueError in the
-            constructor.
+            constructor; of another project's constructor, any error but a lack of memory.
     """
     if isinstance(config, str) and config in ("__is_first_stage__", "__is_unconditional__"):
         return None
@@ -152,6 +157,10 @@ def instantiate_from_config(config: Mapping[str, Any] | str, **extra: Any) -> An
         return cls(**params)
     except ValueError as e:
         raise ConfigError(str(e), target) from e
+    except (TypeError, RuntimeError, AssertionError, KeyError) as e:
+        if target.startswith("ldm.") or is_out_of_memory(e):
+            raise
+        raise ConfigError(f"{target} refuses its params {sorted(params)}: {e}", target) from e
 
 
 def _plain(node: Any) -> Any:

@@ -24,14 +24,14 @@ def main(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace],
         print("\nstopped; finished pictures stay", file=sys.stderr)
         return 130
     except Exception as e:
-        from ldm.util import is_out_of_memory
+        from ldm.util import is_out_of_memory, message_of
 
         code = getattr(e, "exit_code", None)
         if code is None and is_out_of_memory(e):
             e, code = MemoryError(f"out of memory (peak {peak_memory():.1f} GiB): {knobs}"), 1
         if code is None:
             raise
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {message_of(e)}", file=sys.stderr)
         return code
     return 0
 

@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def compare(args: argparse.Namespace) -> None:
     from ldm import comparison
+    from ldm.published import left_out
 
     found = of_runs(args.runs, not args.no_speed) if args.runs else of_papers()
     figures = list(found.values())
@@ -47,6 +48,8 @@ def compare(args: argparse.Namespace) -> None:
     outdir = Path(args.outdir)
     outdir.mkdir(parents=True, exist_ok=True)
     text = comparison.markdown(figures)
+    if not args.runs:
+        text += f"\n{left_out()}"
     (outdir / "table.md").write_text(f"# {title}\n\n{text}", encoding="utf-8")
     comparison.chart(figures, outdir / "chart.png", title)
     written = [outdir / "chart.png", outdir / "table.md"]

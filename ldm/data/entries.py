@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -62,17 +62,19 @@ class Entries:
         labels: int64 [N].
         class_names: one per label.
         captions: the captions of each picture (at least one; "" where it has none), or None if nothing has any.
+        empty: class folders without a picture, which are no class.
     """
 
     names: list[str]
     labels: np.ndarray
     class_names: list[str]
     captions: list[list[str]] | None = None
+    empty: list[str] = field(default_factory=list)
 
     def take(self, chosen: Sequence[int] | np.ndarray) -> Entries:
         """The entries with these positions."""
         captions = None if self.captions is None else [self.captions[i] for i in chosen]
-        return Entries([self.names[i] for i in chosen], self.labels[chosen], self.class_names, captions)
+        return Entries([self.names[i] for i in chosen], self.labels[chosen], self.class_names, captions, self.empty)
 
 
 def suffix(name: str) -> str:
@@ -103,10 +105,9 @@ def find_entries(
     if table:
         images = _listed(source, images, table)
     class_names, label_array = _labels(source, images, table, depth, labels)
-    if len(class_names) > 1 and labels != "none":
-        _say_empty_classes(source, images, depth)
     texts = None if captions == "none" else _captions(source, images, table)
-    entries = Entries(images, label_array, class_names, texts)
+    empty = [] if labels == "none" else _empty_classes(source, images, depth, class_names)
+    entries = Entries(images, label_array, class_names, texts, empty)
     if not in_splits:
         return entries, None
     parts: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
@@ -242,15 +243,24 @@ def _labels_given(
     return names, np.array([index[w] for w in words], np.int64)
 
 
-def _say_empty_classes(source: Source, images: list[str], depth: int) -> None:
-    """Warns of class folders without a picture: they are no class."""
+def _empty_classes(source: Source, images: list[str], depth: int, class_names: list[str]) -> list[str]:
+    """Folders without a picture beside class folders, where no split has a picture of that class."""
     filled = {tuple(n.split("/")[: depth + 1]) for n in images if n.count("/") > depth}
-    parents = {f[:-1] for f in filled}
+    parents = {f[:-1] for f in filled if f[-1] in class_names}
     folders = {tuple(f.split("/")) for f in getattr(source, "folders", list)()}
-    empty = sorted("/".join(f) for f in folders - filled if len(f) == depth + 1 and f[:-1] in parents)
-    if empty:
-        shown = ", ".join(source.where(f) for f in empty[:5])
-        log.warning("no pictures in the class folder%s %s: not counted as a class", "s" * (len(empty) > 1), shown)
+    empty = (
+        "/".join(f) for f in folders - filled if len(f) == depth + 1 and f[:-1] in parents and f[-1] not in class_names
+    )
+    return [source.where(f) for f in sorted(empty)]
+
+
+def _say_empty_classes(entries: Entries, split: str) -> None:
+    """Warns of them once, not for every split."""
+    if entries.empty and split in ("all", "train"):
+        shown = ", ".join(entries.empty[:5])
+        log.warning(
+            "no pictures in the class folder%s %s: not counted as a class", "s" * (len(entries.empty) > 1), shown
+        )
 
 
 def _compare_classes(entries: Entries, parts: dict[str, list[int]], where: str) -> None:
@@ -357,6 +367,7 @@ def choose_split(
         raise UserError(f"split_by must be hash or last, got {how!r}")
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction must be in [0, 1), got {val_fraction!r}")
+    _say_empty_classes(entries, split)
     if split == "all":
         return entries
     if split == "test":

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 CHUNK = 256  # files that one decoding task takes
 ATTEMPTS = 20  # other files tried in place of a broken one
+NAMED = 10  # files that broke since the start and are named
 
 
 class FileImages(ImageDataset):
@@ -59,7 +60,7 @@ class FileImages(ImageDataset):
     ) -> None:
         super().__init__(fit.size, fit.channels, flip_p, pad_crop)
         self.source, self.entries, self.fit = source, entries, fit
-        self.class_names = entries.class_names
+        self.class_names, self.empty_classes = entries.class_names, entries.empty
         self._ready: Tensor | list[np.ndarray] | None = None
         self._warned: set[int] = set()
         if cache not in ("auto", True, False):
@@ -163,7 +164,9 @@ class FileImages(ImageDataset):
                 why = f"{self.source.where(self.entries.names[i])} cannot be read any more ({e})"
                 if i not in self._warned:
                     self._warned.add(i)
-                    log.warning("%s; another image takes its place", why)
+                    if len(self._warned) <= NAMED:
+                        more = "; more such files are not named" if len(self._warned) == NAMED else ""
+                        log.warning("%s; another image takes its place%s", why, more)
         raise UserError(f"{why}, nor can the {ATTEMPTS - 1} files after it: is the disk still there?")
 
     def fields(self, indices: np.ndarray, draws: np.ndarray) -> dict[str, Any]:

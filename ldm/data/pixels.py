@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ldm.util import UserError
@@ -66,7 +66,10 @@ def open_image(data: bytes, channels: int, wanted: tuple[int, int] | None = None
     """
     if bytes(data[:6]) == b"\x93NUMPY":
         return _from_numpy(np.load(io.BytesIO(data), allow_pickle=False), channels)
-    image = Image.open(io.BytesIO(data))
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as e:  # its message names a place in memory
+        raise ValueError("no picture of a known format" if data else "the file is empty") from e
     if image.format == "JPEG":
         if wanted is not None:
             image.draft("L" if channels == 1 else None, (2 * max(wanted), 2 * max(wanted)))

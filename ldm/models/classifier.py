@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from ldm.models import param_groups
 from ldm.models.base import BaseModel
-from ldm.models.classifier_faults import explained
+from ldm.models.classifier_faults import check_data, checked_statistics, explained, other_channels
 from ldm.models.classifier_pictures import Mistakes, filter_picture, first_filters, heat, labelled
 from ldm.models.classifier_report import Report, shares, write_picture
 from ldm.models.framework import rank_zero_info
@@ -59,8 +59,8 @@ class Classifier(BaseModel):
         ema_decay: its decay after the warm-up.
 
     Raises:
-        ValueError: `class_weights` of another length, unknown `normalize` or `test_views`.
-        UserError: `weights` or `train_only` that cannot be read or do not fit.
+        ValueError: `class_weights` of another length, unknown `test_views`.
+        UserError: `weights` or `train_only` that cannot be read or do not fit, unknown `normalize`.
     """
 
     main_score = "acc1"
@@ -88,6 +88,10 @@ class Classifier(BaseModel):
         **base: Any,
     ) -> None:
         super().__init__(**base)
+        if num_classes < 2:
+            raise ValueError(
+                f"got num_classes={num_classes}, expected 2 or more: a sub-folder with pictures for each class"
+            )
         self.num_classes, self.first_stage_key, self.label_key = num_classes, first_stage_key, label_key
         self.label_smoothing, self.aux_weight, self.layer_decay = label_smoothing, aux_weight, layer_decay
         views(torch.zeros(1, 1, 2, 2), test_views)
@@ -123,13 +127,13 @@ class Classifier(BaseModel):
         self, normalize: str | Sequence[Sequence[float]] | None, weights: str | None, network: str
     ) -> None:
         named = {"none": HALF, "imagenet": IMAGENET}
-        if isinstance(normalize, str) and normalize not in named:
-            raise ValueError(f"got normalize={normalize!r}, expected imagenet, none or [means, deviations]")
         self.implied = normalize is None
         if normalize is None:
             self._use_statistics(*pixel_statistics(weights, network))
+        elif isinstance(normalize, str) and normalize in named:
+            self._use_statistics(*named[normalize])
         else:
-            self._use_statistics(*(named[normalize] if isinstance(normalize, str) else normalize))
+            self._use_statistics(*checked_statistics(normalize))
 
     def _use_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
         # ((x + 1) / 2 - mean) / std as one multiplication and one sum, left out where it changes nothing
@@ -213,8 +217,16 @@ class Classifier(BaseModel):
     # --- loss and metrics ---------------------------------------------------------------------------------------------
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Pixels in [-1, 1] -> on the scale of the published weights, where the network has some."""
-        return x * self.pixel_scale + self.pixel_shift if self.normalized else x
+        """Pixels in [-1, 1] -> on the scale of the published weights, where the network has some.
+
+        Raises:
+            UserError: statistics of another number of channels.
+        """
+        if not self.normalized:
+            return x
+        if self.pixel_scale.shape[1] not in (1, x.shape[1]):
+            raise other_channels(self.pixel_scale.shape[1], x.shape[1])
+        return x * self.pixel_scale + self.pixel_shift
 
     def forward(self, x: Tensor) -> Any:
         """[B, C, H, W] in [-1, 1] -> logits [B, num_classes] (in training mode with auxiliary logits, if any).
@@ -315,6 +327,10 @@ class Classifier(BaseModel):
             if picture is not None:
                 write_picture(self.trainer, split, "mistakes", picture)
         self.mistakes.reset()
+
+    def setup(self, stage: str) -> None:
+        """Looks at the classes of the data before anything is trained or tested."""
+        check_data(getattr(self.trainer, "datamodule", None), self.num_classes)
 
     def on_fit_start(self) -> None:
         self.report.start()

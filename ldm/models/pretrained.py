@@ -161,7 +161,10 @@ def load_weights(net: nn.Module, weights: str, network: str, num_classes: int, a
             f"{weights} is for {state[heads[0]].shape[0]} classes, the model has {num_classes} ({', '.join(heads)}): "
             "set model.params.allow_head=true, or give main.py --allow-head, to start the last layer afresh"
         )
-    report = checkpoint.load(net, state, source=weights, allow=tuple(heads))
+    try:
+        report = checkpoint.load(net, state, source=weights, allow=tuple(heads))
+    except UserError as e:  # its advice is a flag of --init-from
+        raise UserError(str(e).partition(" --allow-partial")[0]) from e
     return report + (f"; fresh: {', '.join(heads)}" if heads else "")
 
 

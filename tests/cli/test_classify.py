@@ -1,6 +1,8 @@
 """scripts/classify.py, compare_classifiers.py and export.py, as a user types them."""
 
 import csv
+import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -13,7 +15,8 @@ import torchvision
 from PIL import Image
 
 from ldm.generate import load_run
-from ldm.published import gflops, parameters, published
+from ldm.modules.classifiers import vit
+from ldm.published import WITHOUT, gflops, parameters, published
 from tests.cli.tools import DIGITS, QUICK, ROOT, config, only_run, run_main
 
 
@@ -50,7 +53,6 @@ def script(name, *argv):
 @pytest.fixture
 def call(monkeypatch, capfd):
     """The same without a process of its own."""
-    import importlib
 
     def run_it(name, *argv):
         module = importlib.import_module(f"scripts.{name}")
@@ -183,8 +185,12 @@ def test_no_run_is_a_classifier_s(call, tmp_path):
     assert code == 2 and "none of 1 runs is a classifier's" in err
 
 
-def test_published_figures():
-    rows = {f.label: f for f in published()}
+@pytest.fixture(scope="module")
+def rows():
+    return {f.label: f for f in published()}
+
+
+def test_published_figures(rows):
     assert {"alexnet", "nin", "vgg19", "googlenet", "inception_v4", "resnet152", "senet154", "vit_l_16"} <= set(rows)
     # parameters (M) of each network's implementation, and GFLOPs as twice torchvision's multiply-adds
     for label, params in {"alexnet": 61.10, "vgg16": 138.36, "googlenet": 6.62, "senet154": 115.09}.items():
@@ -193,13 +199,37 @@ def test_published_figures():
         ops = torchvision.models.get_model_weights(label)["IMAGENET1K_V1"].meta["_ops"]
         assert rows[label].gflops == pytest.approx(2 * ops, rel=0.01)
     assert rows["alexnet"].top1 < rows["googlenet"].top1 < rows["resnet50"].top1 < rows["senet154"].top1
-    assert all(re.search("torchvision|timm|gist", f.source) for f in rows.values())
+    assert all(re.search("torchvision|timm|gist|arxiv", f.source) for f in rows.values())
+    huge = torchvision.models.ViT_H_14_Weights.IMAGENET1K_SWAG_LINEAR_V1.meta
+    assert rows["vit_h_14"].top1 == huge["_metrics"]["ImageNet-1K"]["acc@1"]
+    assert rows["vit_h_14"].gflops == pytest.approx(2 * huge["_ops"], rel=0.01)
+
+
+def test_every_network_has_a_published_figure_or_a_reason(rows):
+    built = set()
+    for file in (ROOT / "ldm/modules/classifiers").glob("[a-z]*.py"):
+        module = importlib.import_module(f"ldm.modules.classifiers.{file.stem}")
+        for name, f in inspect.getmembers(module, inspect.isfunction):
+            if f.__module__ == module.__name__ and name[0] != "_" and "num_classes" in inspect.signature(f).parameters:
+                built.add(name)
+    figures = {label.partition(",")[0] for label in rows}
+    reasons = {name for names in WITHOUT for name in names.split(", ")}
+    assert len(built) > 40 and built == figures | reasons and not figures & reasons
+    assert "alexnet, norm: bn" in rows
+
+
+@pytest.mark.parametrize("build", [vit.vit_ti_16, torchvision.models.vit_b_16])
+def test_operations_of_attention_are_counted_on_every_device(build):
+    with torch.device("meta"):
+        expected = gflops(build(), torch.zeros(1, 3, 224, 224))
+    assert gflops(build(), torch.zeros(1, 3, 224, 224)) == pytest.approx(expected)
 
 
 def test_chart_without_runs(tmp_path):
     code, out, err = script("compare_classifiers.py", "--outdir", tmp_path)
     assert code == 0, err
     assert "| senet154 | 115.09 |" in out and "published figures" in err and (tmp_path / "chart.png").is_file()
+    assert "plain18, plain34 (only of ten crops" in out and "fastnet (" in (tmp_path / "table.md").read_text()
 
 
 # --- export -----------------------------------------------------------------------------------------------------------

@@ -193,6 +193,125 @@ def test_label_out_of_range(capsys, tmp_path):
     assert "label" in message and "5" in message
 
 
+def test_statistics_of_three_channels_for_grey_pictures(capsys, tmp_path):
+    message = fails(capsys, *train(tmp_path, "model.params.normalize=imagenet"))
+    assert "model.params.normalize: got means and deviations of 3 channels for images of 1, expected 1" in message
+    assert "normalize=none" in message and "data.params.channels=3" in message
+
+
+def class_folders(root, **counts):
+    """Pictures of 32x32 in folders: `train__cat=3` are three in train/cat."""
+    for name, count in counts.items():
+        where = root / name.replace("__", "/")
+        where.mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(where / f"{i}.png")
+
+
+SLIM = "model.params.network_config.params.width=0.125"
+
+
+def test_a_class_more_than_the_model_has_is_told_before_training(capsys, tmp_path):
+    class_folders(tmp_path / "images", cat=9, dog=9, fox=9)
+    message = fails(capsys, *folder(tmp_path, SLIM, "model.params.num_classes=2"))
+    assert "label out of range: data.params.train has 3 classes (cat, dog, fox), expected at most 2" in message
+    assert "model.params.num_classes" in message
+
+
+def test_one_class_is_nothing_to_tell_apart(capsys, tmp_path):
+    class_folders(tmp_path / "images", cat=9)
+    assert "got num_classes=1, expected 2 or more" in fails(capsys, *folder(tmp_path, SLIM))
+
+
+@pytest.mark.parametrize("where", ["fox", "train__fox"])
+def test_an_empty_class_folder(capsys, tmp_path, where):
+    split = where.startswith("train")
+    filled = [f"{s}{c}" for s in (("train__", "val__") if split else ("",)) for c in ("cat", "dog")]
+    class_folders(tmp_path / "images", **dict.fromkeys(filled, 9), **{where: 0})
+    message = fails(capsys, *folder(tmp_path, SLIM))
+    assert (
+        "no pictures in" in message and f"{where.replace('__', '/')}, a folder beside those of the classes" in message
+    )
+
+
+def test_class_folders_that_differ(capsys, tmp_path):
+    class_folders(tmp_path / "images", train__cat=9, train__dog=9, val__cat=9, val__fox=9)
+    message = fails(capsys, *folder(tmp_path, SLIM))
+    assert "the class folders differ: fox in validation but not in train (train has cat, dog)" in message
+
+
+@pytest.mark.parametrize("others", [("cat", "fox"), ("cat", "dog", "fox"), ("bird", "cat", "dog")])
+def test_class_folders_of_two_roots_that_differ(capsys, tmp_path, others):
+    class_folders(tmp_path / "a", cat=9, dog=9)
+    class_folders(tmp_path / "b", **dict.fromkeys(others, 9))
+    roots = ["data.params.root=null", "data.params.test=null"]
+    for split, name in (("train", "a"), ("validation", "b")):
+        roots += [f"data.params.{split}.params.root={tmp_path / name}", f"data.params.{split}.params.split=all"]
+    message = fails(capsys, *folder(tmp_path, SLIM, *roots))
+    assert "the class folders differ: data.params.train has cat, dog, data.params.validation has " in message
+    assert ", ".join(others) in message
+
+
+def test_pictures_that_break_amid_an_epoch(capsys, caplog, tmp_path):
+    class_folders(tmp_path / "images", train__cat=40, train__dog=40, val__cat=4, val__dog=4)
+    broken = sorted((tmp_path / "images/train/dog").glob("*.png"))
+    broken[5].write_bytes(broken[5].read_bytes()[:1000])
+    late = ["data.params.train.params.cache=false", "data.params.train.params.verify=1"]
+    argv = folder(tmp_path, SLIM, *late, "--max_steps", 6)
+    assert run_main(*argv) == 0
+    assert caplog.text.count("another image takes its place") == 1
+    assert f"{broken[5].name} cannot be read any more" in caplog.text
+    assert (only_run(tmp_path / "logs") / "checkpoints/last.ckpt").is_file()
+    for path in broken:
+        path.write_bytes(b"nothing")
+    message = fails(capsys, *argv, "data.params.num_workers=1")  # told by the process that reads
+    assert message.startswith(f"error: {tmp_path}") and "no picture of a known format" in message
+    assert "is the disk still there?" in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        ("{target: timm.create_model, params: {model_name: resnet1}}", "Unknown model (resnet1)"),
+        ("{target: torchvision.models.alexnet}", "unexpected keyword argument 'in_channels'"),
+    ],
+)
+def test_another_project_s_network_that_refuses_its_params(capsys, tmp_path, network, words):
+    message = fails(capsys, *train(tmp_path, f"model.params.network_config={network}"))
+    assert "model.params.network_config.target: " in message and "refuses its params" in message and words in message
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        ("{target: ldm.modules.classifiers.alexnet.alexnet}", "got images of 32x32, expected at least 63x63"),
+        ("{target: ldm.modules.classifiers.vit.vit_ti_16, params: {image_size: 64}}", "32x32, expected 64x64"),
+        ("{target: torchvision.models.alexnet, params: {}}", "got images of 32x32, expected a size that the network"),
+    ],
+)
+def test_pictures_too_small_for_the_network(capsys, tmp_path, network, words):
+    class_folders(tmp_path / "images", cat=9, dog=9)
+    argv = folder(tmp_path, f"model.params.network_config={network}")
+    if "ldm" in network:
+        argv += ["model.params.network_config.params.stem=imagenet"]
+    message = fails(capsys, *argv)
+    assert words in message and "data.params.size" in message
+
+
+def test_weights_of_another_number_of_classes(capsys, tmp_path):
+    from ldm.modules.classifiers.resnet import resnet18
+
+    class_folders(tmp_path / "images", cat=9, dog=9)
+    torch.save(resnet18(5, stem="small", width=0.125).state_dict(), tmp_path / "five.pth")
+    argv = folder(tmp_path, SLIM, f"model.params.weights={tmp_path / 'five.pth'}", "--max_steps", 1)
+    assert "is for 5 classes, the model has 2 (fc.weight, fc.bias): set model.params.allow_head=true" in fails(
+        capsys, *argv
+    )
+    assert run_main(*argv, "--allow-head") == 0
+    assert "fresh: fc.weight, fc.bias" in capsys.readouterr().err
+
+
 def test_nan_loss_stops_and_keeps_the_good_checkpoint(capsys, tmp_path):
     assert run_main(*train(tmp_path, "--no-test")) == 0
     run = only_run(tmp_path / "logs")

@@ -252,13 +252,23 @@ def test_a_file_that_breaks_later_is_replaced_with_one_warning(tmp_path, caplog)
     assert caplog.text.count("another image takes its place") == 1 and "0002.png" in caplog.text
 
 
-def test_all_files_gone_is_an_error(tmp_path):
-    paths = fill(tmp_path, 3)
+def test_all_files_gone_is_an_error(tmp_path, caplog):
+    paths = fill(tmp_path, 30)
     data = ImageFolder(tmp_path, size=16, cache=False)
     for path in paths:
         path.unlink()
     with pytest.raises(UserError, match="is the disk still there"):
         data[0]
+    assert caplog.text.count("another image takes its place") == 10
+    assert caplog.text.count("more such files are not named") == 1
+
+
+def test_what_is_no_picture_is_told_without_places_in_memory(tmp_path, caplog):
+    fill(tmp_path, 30)
+    (tmp_path / "x.png").write_bytes(b"nothing")
+    (tmp_path / "y.png").write_bytes(b"")
+    ImageFolder(tmp_path, size=16, max_unreadable=0.2)
+    assert "x.png: no picture of a known format" in caplog.text and "y.png: the file is empty" in caplog.text
 
 
 # --- what the user did wrong ---
@@ -435,3 +445,18 @@ def test_an_empty_class_folder_is_said_and_is_no_class(tmp_path, caplog):
     (tmp_path / "bird").mkdir()
     assert ImageFolder(tmp_path, size=8).class_names == ["cat", "dog"]
     assert "no pictures in the class folder" in caplog.text and "bird" in caplog.text
+    both = [ImageFolder(tmp_path, split=s, size=8) for s in ("train", "validation")]
+    assert caplog.text.count("no pictures in the class folder") == 2  # not for every split
+    assert [b.empty_classes for b in both] == [[str(tmp_path / "bird")]] * 2
+    caplog.clear()
+    put(tmp_path / "split/train/cat/1.png")
+    put(tmp_path / "split/train/dog/1.png")
+    put(tmp_path / "split/val/cat/1.png")
+    (tmp_path / "split/val/dog").mkdir()
+    assert ImageFolder(tmp_path / "split", split="train", size=8).empty_classes == []
+    assert "not counted" not in caplog.text and "no pictures of dog in validation" in caplog.text
+    (tmp_path / "split/val/dog").rmdir()
+    (tmp_path / "one/bird").mkdir(parents=True)
+    put(tmp_path / "one/cat/1.png")
+    assert len(ImageFolder(tmp_path / "one", size=8).empty_classes) == 1
+    assert ImageFolder(tmp_path / "one", size=8, labels="none").empty_classes == []

@@ -1,6 +1,7 @@
 """The Classifier: loss and metrics against their definitions, pretrained weights, faults, pictures, and main.py."""
 
 import csv
+import re
 
 import lightning.pytorch as pl
 import numpy as np
@@ -235,8 +236,13 @@ def test_batch_that_does_not_fit():
 
 
 def test_wrong_parameters():
-    with pytest.raises(ValueError, match="got normalize='zero'"):
-        classifier(normalize="zero")
+    for wrong in ("zero", [0.5, 0.5], [[0.5, 0.5], [0.2]], [[0.5], [0.0]], [[], []], 3, [["a"], ["b"]]):
+        with pytest.raises(
+            UserError, match=rf"^model.params.normalize: got {re.escape(repr(wrong))}, expected imagenet"
+        ):
+            classifier(normalize=wrong)
+    with pytest.raises(ValueError, match="got num_classes=1, expected 2 or more"):
+        classifier(1)
     with pytest.raises(ConfigError, match="unknown key widht"):
         classifier(network={"target": NET["target"], "params": {"widht": 2}})
 
@@ -273,7 +279,7 @@ def test_weights_of_another_class_count(tmp_path):
 
 def test_weights_of_another_network(tmp_path):
     path = save(tmp_path, resnet.resnet32(num_classes=7, width=0.5))
-    with pytest.raises(UserError, match="unexpected .*layer1.3"):
+    with pytest.raises(UserError, match=r"unexpected .*layer1.3.* Is it the checkpoint of this config\?$"):
         classifier(weights=path)
     with pytest.raises(UserError, match="unexpected"):  # allow_head opens the door for the head only
         classifier(weights=save(tmp_path, resnet.resnet32(num_classes=9, width=0.5)), allow_head=True)
@@ -307,6 +313,11 @@ def test_normalisation_by_hand():
     model.eval()(x * 2 - 1)
     mean, std = (torch.tensor(v)[:, None, None] for v in pretrained.IMAGENET)
     torch.testing.assert_close(seen[0], (x - mean) / std)
+    with pytest.raises(
+        UserError, match="^model.params.normalize: got means and deviations of 3 channels for images of 1"
+    ):
+        model(torch.zeros(2, 1, 8, 8))
+    torch.testing.assert_close(classifier(normalize=[[0.5], [0.25]]).normalize(x * 2 - 1), (x - 0.5) / 0.25)
     assert pretrained.pixel_statistics("torchvision://IMAGENET1K_V1", "googlenet") == pretrained.HALF
     assert pretrained.pixel_statistics("timm://resnet18.a1_in1k", "resnet18") == pretrained.IMAGENET
     assert pretrained.pixel_statistics("timm://inception_v4.tf_in1k", "inception_v4")[0] == (0.5, 0.5, 0.5)

@@ -1,6 +1,7 @@
 """The Classifier's options: augmentation, distillation, freezing, views in testing, report, fast recipe."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,16 +9,18 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from ldm.config import load_yaml
 from ldm.models import classifier_pictures as pictures
-from ldm.models.classifier_report import shares
+from ldm.models.classifier_report import by_class, shares
 from ldm.modules.classifiers import augment, explain
 from ldm.modules.classifiers.fastnet import Whitening, fastnet
 from ldm.modules.classifiers.resnet import resnet20
 from ldm.modules.classifiers.vit import vit_ti_16
 from ldm.util import ConfigError, UserError
-from tests.cli.tools import QUICK, config, only_run, run_main
+from tests.cli.tools import QUICK, ROOT, config, only_run, run_main
 from tests.models.test_classifier import NET, Pictures, batch, classifier, fit
 
 V2 = "torchvision.transforms.v2."
@@ -192,6 +195,25 @@ def test_report_states_last_and_best_and_every_class(tmp_path):
     assert other.report.best == model.report.best and other.report.minutes >= state["report"]["minutes"] > 0
 
 
+def test_the_classes_are_named_at_the_end_of_training_and_testing(caplog, tmp_path):
+    model = classifier(use_ema=True, ema_decay=0.5)
+    model.class_names = [f"c{i}" for i in range(7)]
+    with caplog.at_level("INFO"):
+        trainer = fit(model, steps=4, logger=CSVLogger(tmp_path), default_root_dir=str(tmp_path))
+        trainer.test(model, DataLoader(Pictures(), 8), verbose=False)
+    for split in ("val", "test"):
+        (line,) = [m for m in caplog.messages if m.startswith(f"{split}/acc1_ema by class, the lowest first: c")]
+        report = json.loads((tmp_path / f"report_{split}.json").read_text())["ema"]["per_class"]
+        known = {name: v for name, v in report.items() if v is not None}
+        said = [part.rsplit(" ", 2) for part in line.partition(": ")[2].split(", ")]
+        assert {name: float(v) for name, v, _ in said} == {
+            k: pytest.approx(100 * v, abs=0.06) for k, v in known.items()
+        }
+        assert [float(v) for _, v, _ in said] == sorted(float(v) for _, v, _ in said)
+    many = by_class({str(i): i / 100 for i in range(100)} | {"none": None})
+    assert many.startswith("by class, the lowest 20 of 100: 0 0.0 %, 1 1.0 %") and many.endswith(", 19 19.0 %")
+
+
 def test_shares_and_confusion_picture():
     assert shares(torch.tensor([1, 0]), torch.tensor([4, 0]), ["a", "b"]) == {"a": 0.25, "b": None}
     few = pictures.confusion_picture(torch.tensor([[9, 1], [0, 10]]), ["cat", "dog"])
@@ -300,6 +322,21 @@ def test_fastnet_takes_small_images_only():
         fastnet(width=0.125)(torch.rand(2, 3, 16, 16))
     with pytest.raises(ValueError, match="expected small"):
         fastnet(stem="imagenet")
+
+
+def test_the_fast_config_s_header_says_what_it_does_and_what_was_measured():
+    path = ROOT / "configs/classifier/fast_cifar10.yaml"
+    text = " ".join(line.strip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    yaml, row = load_yaml(path), json.loads((ROOT / "results/cifar10/fastnet.json").read_text())
+    assert f"in {yaml.lightning.trainer.max_epochs} epochs" in text
+    assert yaml.model.params.use_ema and yaml.model.params.test_views == "flip+shift" and "averaged weights" in text
+    assert yaml.data.params.train.params.flip_p == "alternate" and "flips in turn" in text
+    assert "Muon" in text and yaml.model.params.optimizer_config.params.hidden.target.endswith("Muon")
+    assert f"{row['top1']:.1f} % after {row['minutes']:.0f}" in text and "ema weights" in row["source"]
+    curve = row["curves"]["val/acc1_ema"]
+    share, minutes = re.search(r"(\d+) % within (\d+) minutes", text).groups()
+    reached = next(step for step, value in curve if 100 * value >= int(share))
+    assert reached / curve[-1][0] * row["minutes"] <= int(minutes)
 
 
 def test_fast_config_learns(tmp_path):

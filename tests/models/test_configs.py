@@ -8,6 +8,7 @@ from PIL import Image
 from ldm.conditions import condition_from, samples_of
 from ldm.config import load_yaml, mappings
 from ldm.generate import load_run
+from ldm.util import instantiate_from_config
 from tests.cli.tools import QUICK, ROOT, only_run, run_main
 from tests.data.scenes import make_scenes
 
@@ -117,3 +118,21 @@ def test_training_configs_say_when_they_end_and_how_fast_they_learn(path):
     config = load_yaml(path)
     assert config.lightning.trainer.get("max_steps") or config.lightning.trainer.get("max_epochs")
     assert config.model.get("learning_rate") or config.model.get("base_learning_rate")
+
+
+@pytest.mark.parametrize(
+    ("path", "part", "millions"),
+    [
+        ("diffusion/ddpm_cifar10", "unet_config", 35.7),
+        ("gan/stylegan2_ffhq256", "generator_config", 24.77),
+        ("gan/stylegan2_ffhq256", "discriminator_config", 24.00),
+        ("gan/stylegan2_ffhq1024", "generator_config", 30.37),
+        ("gan/stylegan2_ffhq1024", "discriminator_config", 29.01),
+    ],
+)
+def test_configs_named_after_a_paper_s_model_have_its_size(path, part, millions):
+    config = load_yaml(ROOT / f"configs/{path}.yaml")
+    extra, digits = ({}, 1) if part == "unet_config" else ({"c_dim": 0}, 2)
+    with torch.device("meta"):
+        net = instantiate_from_config(config.model.params[part], **extra)
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6, digits) == millions
