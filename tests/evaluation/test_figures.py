@@ -1,6 +1,7 @@
 """What is seen in pictures, reconstructions, classifiers and likelihoods: values that are known by hand."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from scipy.stats import norm
 from torchmetrics.classification import MulticlassCalibrationError
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ldm.data.base import ArrayDataset
 from ldm.data.builtin import Digits
@@ -15,7 +17,9 @@ from ldm.data.openmoji import OpenMoji
 from ldm.data.vision import CIFAR10
 from ldm.evaluation import likelihood, quality, recognition, reconstruction
 from ldm.evaluation.corruptions import CORRUPTIONS
+from ldm.evaluation.evaluation import Request
 from ldm.evaluation.features import MODELS
+from ldm.evaluation.metrics import evaluate
 from ldm.evaluation.path_length import path_length
 from ldm.evaluation.pictures import Pictures, of_config, of_dataset, of_files
 from ldm.evaluation.sampling import balanced
@@ -25,6 +29,7 @@ from ldm.models.diffusion.ddpm import DDPM
 from ldm.models.vae import VAE
 from ldm.modules.open_clip_text import CLIP
 from ldm.util import UserError
+from tests.evaluation.memory import Largest
 
 CONFIG = {
     "data": {
@@ -205,20 +210,74 @@ def test_reconstructions_use_the_mode_of_the_posterior():
 # --- classifiers ------------------------------------------------------------------------------------------------------
 
 
+def answers(logits, y, batch=2):
+    """Of logits [N, K] and classes, added up batch by batch."""
+    y = torch.as_tensor(y)
+    return recognition.answers(zip(logits.split(batch), y.split(batch), strict=True))
+
+
 def test_accuracy_by_hand():
     logits = torch.tensor([[3.0, 2, 1, 0, 0, 0], [0, 9, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5.0]])
-    found = recognition.accuracy(logits, np.array([0, 0, 0]))
+    found = recognition.accuracy(answers(logits, [0, 0, 0]))
     assert found["top1"] == pytest.approx(1 / 3) and found["top5"] == pytest.approx(2 / 3)
     assert found["per_class"] == [pytest.approx(1 / 3), None, None, None, None, None]
 
 
 def test_calibration_of_a_sure_liar_and_torchmetrics():
     sure = torch.eye(10)[[0, 1, 2, 3]] * 100
-    assert recognition.calibration(sure, np.array([0, 1, 2, 3]))["calibration_error"] == pytest.approx(0, abs=1e-5)
-    assert recognition.calibration(sure, np.array([1, 2, 3, 4]))["calibration_error"] == pytest.approx(1, abs=1e-5)
+    assert recognition.calibration(answers(sure, [0, 1, 2, 3]))["calibration_error"] == pytest.approx(0, abs=1e-5)
+    assert recognition.calibration(answers(sure, [1, 2, 3, 4]))["calibration_error"] == pytest.approx(1, abs=1e-5)
     logits, y = torch.randn(200, 10), torch.randint(0, 10, (200,))
     expected = MulticlassCalibrationError(10, n_bins=15)(logits.softmax(1), y)
-    assert recognition.calibration(logits, y.numpy())["calibration_error"] == pytest.approx(float(expected), abs=1e-6)
+    assert recognition.calibration(answers(logits, y))["calibration_error"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_figures_of_batches_are_those_of_all_logits_at_once():
+    g = torch.Generator().manual_seed(3)
+    logits, y = torch.randn(900, 7, generator=g) * 3, torch.randint(0, 6, (900,), generator=g)  # no picture of class 6
+    found = answers(logits, y, batch=256)
+    hit, confidence = logits.argmax(1) == y, logits.softmax(1).max(1).values
+    figures = recognition.accuracy(found)
+    assert figures["top1"] == pytest.approx(float(hit.double().mean()), rel=1e-12)
+    assert figures["top5"] == pytest.approx(float((logits.topk(5, 1).indices == y[:, None]).any(1).double().mean()))
+    assert figures["per_class"] == [*(pytest.approx(float(hit[y == c].double().mean())) for c in range(6)), None]
+    assert figures["nll"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits.double(), y)), rel=1e-12)
+    assert confidence.max() > 14 / 15
+    expected = multiclass_calibration_error(logits.softmax(1), y, 7, n_bins=15, norm="l1")
+    assert recognition.calibration(found)["calibration_error"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_reading_holds_no_more_logits_for_more_pictures():
+    """Logits are a thousand numbers a picture here: none may be held beyond its batch."""
+    largest, alive = [], []
+    for n in (600, 1800):
+        held = weakref.WeakSet()
+
+        def read(x, held=held):
+            logits = torch.arange(len(x) * 1000).view(len(x), 1000).float() % 97
+            held.add(logits)
+            alive.append(len(held))
+            return logits
+
+        with Largest() as seen:
+            batches = recognition.readings(read, pictures(noise(n, size=4)), np.zeros(n, np.int64))
+            found = recognition.answers(batches)
+        assert found.n == n and found.asked[0] == n
+        largest.append(seen.elements)
+    assert largest[0] == largest[1] == 256 * 1000 and max(alive) <= 2
+
+
+def test_a_classifier_reads_its_pictures_once_for_all_figures(tmp_path, monkeypatch):
+    calls, reader = [], recognition.reader
+
+    def counting(model, device):
+        read = reader(model, device)
+        return lambda x: (calls.append(len(x)), read(x))[1]
+
+    monkeypatch.setattr(recognition, "reader", counting)
+    request = Request(str(MODELS / "classifier/digits"), ["accuracy", "calibration"], outdir=tmp_path, device="cpu")
+    found = evaluate(request)["metrics"]
+    assert sum(calls) == 360 and found["top1"] > 0.99 and 0 < found["calibration_error"] < 0.2
 
 
 @pytest.mark.parametrize("channels", [1, 3])
