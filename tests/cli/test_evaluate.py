@@ -1,5 +1,6 @@
 """scripts/evaluate.py as a user calls it: what the result says, in several processes, killed, with wrong words."""
 
+import csv
 import json
 import signal
 import time
@@ -71,6 +72,9 @@ def test_the_result_says_all_it_depends_on(run, tmp_path, monkeypatch, capsys):
     assert result["weights"] == "ema" and result["commit"] and result["versions"]["torch"]
     assert any("24 pictures for 64 features" in n for n in result["notes"])
     assert (out / f"{sampling_folder(result)}-nearest.png").is_file()
+    with open(metrics["nearest_list"], newline="") as f:
+        listed = {r["picture"]: int(r["nearest"]) for r in csv.DictReader(f)}
+    assert sorted(listed) == [f"{i:08}.png" for i in range(24)] and all(0 <= i < 1257 for i in listed.values())
 
 
 def sampling_folder(result):

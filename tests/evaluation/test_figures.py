@@ -1,5 +1,6 @@
 """What is seen in pictures, reconstructions, classifiers and likelihoods: values that are known by hand."""
 
+import csv
 import math
 import weakref
 
@@ -21,7 +22,7 @@ from ldm.evaluation.evaluation import Request
 from ldm.evaluation.features import MODELS
 from ldm.evaluation.metrics import evaluate
 from ldm.evaluation.path_length import path_length
-from ldm.evaluation.pictures import Pictures, of_config, of_dataset, of_files
+from ldm.evaluation.pictures import Pictures, of_config, of_dataset, of_files, of_folder
 from ldm.evaluation.sampling import balanced
 from ldm.evaluation.text import clip_score
 from ldm.generate import load_run
@@ -141,6 +142,55 @@ def test_copies_are_found_whatever_the_blocks(tmp_path):
     assert torch.allclose(distances, naive.topk(2, largest=False).values, atol=0.05)
     found = quality.memorisation(pictures(drawn), pictures(real), tmp_path / "n.png")
     assert found["copies"] == pytest.approx(2 / 30) and (tmp_path / "n.png").is_file()
+
+
+def test_every_drawn_picture_is_compared_and_listed_the_nearest_first(tmp_path, monkeypatch):
+    """Copies may be the very last pictures of many; blocks of any size find the same."""
+    real, drawn = noise(300, size=4, seed=1), noise(2100, size=4, seed=2)
+    drawn[2099], drawn[2050] = real[17], real[250]
+    drawn[2050, 0, 0, 0] ^= 1  # one pixel by one grey level
+    whole = quality.nearest(pictures(drawn), pictures(real))
+    monkeypatch.setattr(quality, "HELD", 100 * 16)
+    for a, b in zip(quality.nearest(pictures(drawn), pictures(real)), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+    found = quality.memorisation(pictures(drawn), pictures(real), tmp_path / "n.png")
+    with open(found["nearest_list"], newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert found["nearest_compared"] == len(rows) == 2100 and {r["picture"] for r in rows} == set(map(str, range(2100)))
+    assert [(r["picture"], r["nearest"], r["nearest_picture"]) for r in rows[:2]] == [
+        ("2099", "17", "17"),
+        ("2050", "250", "250"),
+    ]
+    each = [float(r["distance"]) for r in rows]
+    assert each == sorted(each) and each[0] < 0.05 and each[1] == pytest.approx(0.25, abs=0.05) and each[2] > 1
+    shown = np.asarray(Image.open(found["nearest_picture"]).convert("L"))  # 12 pictures of 4x4 a row, 2 pixels between
+    assert (shown[2:6, 2:6] == real[17, 0].numpy()).all() and (shown[2:6, 8:12] == real[17, 0].numpy()).all()
+    assert (shown[2:6, 14:18] == drawn[2050, 0].numpy()).all() and (shown[2:6, 20:24] == real[250, 0].numpy()).all()
+
+
+def test_files_are_named_in_the_list_of_nearest_pictures(tmp_path):
+    x, sets = noise(12, size=8), []
+    for place in ("drawn", "real"):
+        (tmp_path / place).mkdir()
+        for i in range(12):
+            Image.fromarray(x[i if place == "drawn" else 11 - i, 0].numpy()).save(tmp_path / place / f"p{i:02}.png")
+        sets.append(of_folder(tmp_path / place, (8, 8), 1))
+    found = quality.memorisation(*sets, tmp_path / "n.png")
+    with open(found["nearest_list"], newline="") as f:
+        pairs = {r["picture"]: (r["nearest"], r["nearest_picture"]) for r in csv.DictReader(f)}
+    assert pairs == {f"p{i:02}.png": (str(11 - i), f"p{11 - i:02}.png") for i in range(12)}
+
+
+def test_comparing_holds_no_more_for_more_drawn_pictures(monkeypatch):
+    monkeypatch.setattr(quality, "HELD", 128 * 64)
+    largest = []
+    for n in (400, 1600):
+        sets = [pictures(noise(m, size=8, seed=m)) for m in (n, 300)]
+        with Largest() as seen:
+            distances, _ = quality.nearest(*sets)
+        assert distances.shape == (n, 2)
+        largest.append(seen.elements)
+    assert largest[0] == largest[1] <= 128 * 258 * 2
 
 
 def test_clip_score_is_the_cosine():
