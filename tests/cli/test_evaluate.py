@@ -12,6 +12,7 @@ from PIL import Image
 from ldm.evaluation.features import MODELS
 from scripts import common, evaluate
 from tests.cli.tools import QUICK, ROOT, config, finish, only_run, run_main, start
+from tests.evaluation import weights
 
 TINY = ["model.params.unet_config.params.num_res_blocks=1", "model.params.unet_config.params.channel_mult=[1,1]"]
 TINY += [
@@ -190,6 +191,19 @@ def test_an_autoencoder(vae, tmp_path, monkeypatch, capsys):
     assert 0 < metrics["psnr"] < 30 and -1 < metrics["ssim"] < 1 and metrics["rfid"] > 1
     assert metrics["bits_per_dimension"] > 0 and "Bernoulli" in metrics["bits_per_dimension_note"]
     assert result["real"]["n"] == 360 and "sampling" not in result
+
+
+def test_path_lengths_in_the_features_that_are_chosen(vae, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights.place("clip-vit-b-32", tmp_path / "hub", weights.clip(), monkeypatch)
+    argv = ["-r", vae, "--metrics", "ppl", "-n", 12, "--outdir", tmp_path]
+    found = []
+    for features in ("digits", "clip-vit-b-32"):
+        assert call(monkeypatch, *argv, "--features", features) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["features"]["name"] == features and result["metrics"]["ppl"] > 0
+        found.append(result["metrics"]["ppl"])
+    assert found[0] != found[1]
 
 
 def test_a_classifier(tmp_path, monkeypatch, capsys):
