@@ -110,9 +110,13 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("behind", ["0", "1"])
-def test_two_processes_draw_what_one_draws(run, tmp_path, monkeypatch, behind):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums round by the number of threads, which two processes share
+@pytest.mark.parametrize(("behind", "threads"), [("0", 1), ("1", None)])
+def test_two_processes_draw_what_one_draws(run, tmp_path, monkeypatch, behind, threads):
+    """With a fixed number of threads bit by bit; with the default one, which processes share, but for the last bits."""
+    if threads is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
     flags = ["trainer.accelerator=cpu", "trainer.strategy=ddp", "trainer.devices=2"]
     argv = arguments(run, tmp_path / "two", "--metrics", "fid", *flags, n=40)
     (tmp_path / "unequal.py").write_text(UNEQUAL.format(root=str(ROOT), behind=behind))
@@ -122,9 +126,17 @@ def test_two_processes_draw_what_one_draws(run, tmp_path, monkeypatch, behind):
     assert code == 0, one
     a, b = (sorted((tmp_path / n / "pictures").rglob("*.png")) for n in ("two", "one"))
     assert [p.name for p in a] == [p.name for p in b] and len(a) == 40
-    assert all((np.asarray(Image.open(p)) == np.asarray(Image.open(q))).all() for p, q in zip(a, b, strict=True))
+    apart = [np.asarray(Image.open(p)).astype(int) - np.asarray(Image.open(q)) for p, q in zip(a, b, strict=True)]
     results = [json.loads(next((tmp_path / n).glob("*.json")).read_text()) for n in ("two", "one")]
-    assert results[0]["metrics"] == results[1]["metrics"]
+    drawers = [r["sampling"]["drawn_by"] for r in results]
+    assert [len(d) for d in drawers] == [1, 1]  # both processes of one evaluation are the same drawer
+    if threads is None:
+        assert all(d[0]["threads"] >= 1 for d in drawers)
+        assert np.abs(apart).max() <= 1 and (np.array(apart) != 0).mean() < 0.01
+        assert results[0]["metrics"]["fid"] == pytest.approx(results[1]["metrics"]["fid"], rel=1e-4)
+    else:
+        assert drawers[0][0]["threads"] == drawers[1][0]["threads"] == threads
+        assert not np.any(apart) and results[0]["metrics"] == results[1]["metrics"]
     assert results[0]["sampling"]["cost"]["devices"] == 2
 
 
