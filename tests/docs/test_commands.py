@@ -38,6 +38,8 @@ RUNS = {
     "stylegan_run": "configs/gan/stylegan2_digits.yaml",
     "gpt_run": "configs/autoregressive/digits_gpt.yaml",
     "vq_run": "configs/autoregressive/openmoji_vqgan.yaml",
+    "digits_vq_run": "configs/autoregressive/digits_vqgan.yaml",
+    "digits_vqgpt_run": "configs/autoregressive/digits_vqgpt.yaml",
     "cifar10_vq_run": "configs/autoregressive/cifar10_vqgan.yaml",
     "cifar10_gpt_run": "configs/autoregressive/cifar10_gpt.yaml",
     "dalle_run": "configs/autoregressive/openmoji_dalle.yaml",
@@ -46,7 +48,7 @@ RUNS = {
 DIFFUSION = {name for name, config in RUNS.items() if "diffusion/" in config}
 # the run that another one starts from
 FIRST_STAGE = {"latent_run": "first_run", "dalle_run": "vq_run", "cogview_run": "vq_run"}
-FIRST_STAGE |= {"cifar10_gpt_run": "cifar10_vq_run"}
+FIRST_STAGE |= {"cifar10_gpt_run": "cifar10_vq_run", "digits_vqgpt_run": "digits_vq_run"}
 # every checkpoint is kept, for its curve
 KEEP = ("every_n_train_steps=1", "save_top_k=-1", "filename=at_{step}")
 KEPT = {"txt2img_run": [f"lightning.modelcheckpoint.params.{k}" for k in KEEP]}
