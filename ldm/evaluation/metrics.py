@@ -208,6 +208,7 @@ def _about(e: Evaluation, draws: bool) -> dict[str, Any]:
         about |= {k: e.info[k] for k in ("checkpoint", "sha256", "global_step")}
         about |= {"model": f"{type(e.model).__module__}.{type(e.model).__name__}", "weights": e.weights_used}
         about["parameters"] = count_params(e.model)
+        about["training"] = {"minutes": e.info["minutes"], **e.info["origin"]}
     if draws:
         about["sampling"] = _sampling(e)
     if "drawn" in used:

@@ -2,15 +2,19 @@
 
 import csv
 import json
+import re
 import signal
 import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldm.evaluation.features import MODELS
-from scripts import common, evaluate
+from ldm.evaluation.provenance import commit
+from ldm.util import UserError
+from scripts import common, evaluate, results
 from tests.cli.tools import QUICK, ROOT, config, finish, only_run, run_main, start
 from tests.evaluation import weights
 
@@ -158,6 +162,74 @@ def test_a_killed_evaluation_goes_on(run, tmp_path, monkeypatch):
     assert call(monkeypatch, *argv, "--outdir", tmp_path / "whole") == 0
     a, b = (json.loads(next((tmp_path / x).glob("*.json")).read_text())["metrics"] for x in ("killed", "whole"))
     assert a == b
+
+
+def test_a_row_of_the_readme_s_table_from_a_run(run, tmp_path, monkeypatch, capsys):
+    """All of it from the run itself: the command that trained it, its minutes, cores and commit."""
+    file, cores = tmp_path / "results/ddpm_digits.json", min(2, torch.get_num_threads())
+    argv = arguments(run, tmp_path / "out", "--metrics", "agreement", "fid")
+    few = [f"cores={cores}"] * (torch.get_num_threads() > 2)  # the table is of two at most
+    assert call(monkeypatch, *argv, "--row", file, *few) == 0
+    result = json.loads(capsys.readouterr().out)
+    row = results.read_row(file)
+    training = result["training"]
+    assert row["config"] == "configs/diffusion/ddpm_digits.yaml" and row["family"] == "diffusion"
+    assert row["command"].startswith("python main.py -t -b configs/diffusion/ddpm_digits.yaml --max_steps 2 --no-test")
+    assert TINY[0] in row["command"] and "-l" not in row["command"].split() and str(run) not in row["command"]
+    assert (row["metric"], row["n"]) == ("class_agreement", 24)
+    assert row["value"] == pytest.approx(result["metrics"]["class_agreement"], rel=1e-3)
+    assert row["minutes"] == round(training["minutes"], 1) and row["commit"] == training["commit"] == commit()
+    assert row["cores"] == cores and (training["cores"], training["device"]) == (torch.get_num_threads(), "cpu")
+    assert row["config"] in results.table(file.parent)
+    given = ["family=diffusion, small", "minutes=4.4", "cores=1", "commit=1234567", "command=python main.py -t -b x"]
+    assert call(monkeypatch, *argv, "--row", file, *given) == 0
+    row = results.read_row(file)
+    assert (row["minutes"], row["cores"], row["commit"]) == (4.4, 1, "1234567") and row["command"].endswith("-b x")
+    assert call(monkeypatch, *argv, "--row", file, *few) == 0
+    row = results.read_row(file)  # the words for the family stay, figures are the run's again
+    assert row["family"] == "diffusion, small" and row["commit"] == commit()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["value=1"], "--row value=1: expected KEY=VALUE of family, config, command, minutes, commit, cores"),
+        (["minute=1"], "(did you mean minutes?)"),
+        (["minutes=few"], "--row minutes=few: expected a number"),
+    ],
+)
+def test_wrong_words_of_a_row_are_said_before_anything_is_measured(run, words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "trainer_settings", lambda _: pytest.fail("measured"))
+    assert call(monkeypatch, *arguments(run, tmp_path), "--row", tmp_path / "a.json", *words) == 2
+    assert message in capsys.readouterr().err
+
+
+TRAINING = {"command": "python main.py -t -b configs/a.yaml", "config": "configs/a.yaml", "commit": "1234567"}
+TRAINING |= {"cores": 2, "device": "cpu", "minutes": 1.04}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"commit": None, "cores": None}, "does not say its commit, cores: add commit=... cores=..."),
+        ({"device": "cuda"}, "trained on cuda"),
+        ({"cores": 8}, "trained on 8 cores"),
+        (
+            {"command": "python main.py -t -b configs/a.yaml first_stage=/home/me/run"},
+            "first_stage=/home/me/run is on this",
+        ),
+    ],
+)
+def test_what_is_no_row(change, message, tmp_path):
+    """Of a run from before runs kept where they come from, too."""
+    words, model = [str(tmp_path / "a.json")], "ldm.models.vae.VAE"
+    with pytest.raises(UserError, match=re.escape(message)):
+        results.write_row(words, "fid", 1.23456, 10, {**TRAINING, **change}, model)
+    assert not (tmp_path / "a.json").exists()
+    results.write_row(words, "fid", 1.23456, 10, TRAINING, model)
+    row = results.read_row(tmp_path / "a.json")
+    own = {k: v for k, v in TRAINING.items() if k != "device"}
+    assert row == {**own, "family": "VAE", "metric": "fid", "value": 1.235, "n": 10, "minutes": 1.0}
 
 
 def test_a_folder_is_measured_like_a_run(run, tmp_path, monkeypatch, capsys):

@@ -219,9 +219,10 @@ def substitute(words, things, place):
 
 
 def _substitute(word, before, things, place):
-    if re.fullmatch(r"configs/.*\.yaml", word):
-        assert (ROOT / word).is_file(), f"{word} does not exist"
-        return str(ROOT / word)
+    if re.fullmatch(r"configs/.*\.yaml", word):  # A+B: two stages of scripts/compare.py
+        for part in word.split("+"):
+            assert (ROOT / part).is_file(), f"{part} does not exist"
+        return "+".join(str(ROOT / part) for part in word.split("+"))
     word = re.sub(r"(?:logs/)?<(\w+)>", lambda m: str(things.copy_run(m[1], place)), word)
     key, equals, value = word.rpartition("=")
     if before not in OUTPUTS:
