@@ -79,8 +79,10 @@ def take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def run(argv: list[str] | None = None) -> None:
     """Parses the command line and does what it says."""
-    rest, overrides = take_overrides(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    rest, overrides = take_overrides(argv)
     args, extra = build_parser().parse_known_args(rest)
+    args.argv = argv
     if not (args.base or args.resume):
         from ldm.util import UserError
 

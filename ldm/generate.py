@@ -60,7 +60,8 @@ def load_run(path: str | Path, dotlist: Sequence[str] = ()) -> tuple[Any, dict[s
         dotlist: `key.path=value` changes of the config.
 
     Returns:
-        (model in eval mode, {"run", "checkpoint", "sha256", "config", "global_step", "minutes" of training or None}).
+        (model in eval mode, {"run", "checkpoint", "sha256", "config", "global_step", "minutes" of training or None,
+        "origin": what `ldm.origin` kept of it, empty where there is nothing}).
 
     Raises:
         UserError: no run, no config, or weights that do not fit.
@@ -76,8 +77,15 @@ def load_run(path: str | Path, dotlist: Sequence[str] = ()) -> tuple[Any, dict[s
     model.class_names = content.get("class_names") or config.get("class_names")
     info = {"run": str(run), "checkpoint": str(file), "sha256": digest(file), "config": config}
     info["global_step"] = int(content.get("global_step") or 0)
-    info["minutes"] = checkpoint.minutes_of(content)
+    info["minutes"], info["origin"] = checkpoint.minutes_of(content), origin_of(content)
     return model, info
+
+
+def origin_of(content: dict[str, Any]) -> dict[str, Any]:
+    """What `ldm.origin.Origin` kept in a checkpoint; empty where there is nothing of it."""
+    callbacks = content.get("callbacks")
+    state = callbacks.get("Origin") if isinstance(callbacks, dict) else None
+    return dict(state) if isinstance(state, dict) else {}
 
 
 def with_first_stage(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:

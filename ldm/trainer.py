@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from ldm import callbacks
 from ldm.config import resolve
 from ldm.loggers import MetricsCSV
+from ldm.origin import Origin
 from ldm.util import UserError, get_obj_from_str, instantiate_from_config, suggest
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def build_callbacks(
         callbacks.NaNGuard(),
         callbacks.StepSeed(run.args.seed),
         callbacks.Signals(directory),
+        Origin(getattr(run.args, "argv", []), getattr(run.args, "base", [])),
         directory,
     ]
     for name in [*defaults, *(n for n in given if n not in defaults)]:

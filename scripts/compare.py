@@ -11,11 +11,13 @@ What was trained or measured already is not done again when the command is given
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +67,29 @@ def call(argv: list[str], log: Path) -> str:
     return text
 
 
-def trained(config: str, budget: float, args: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
-    """Trains a config for `budget` seconds, or finds what an earlier call trained.
+def names_of(what: list[str]) -> dict[str, str]:
+    """What each entry is called: its config or run, with the folder before it, then a number, where two would be one.
+
+    An entry A+B is called B.
+    """
+    paths = {w: Path(w.rpartition("+")[2]) for w in what}
+    plain = {w: p.name.partition("_")[2] or p.name if p.is_dir() else p.stem for w, p in paths.items()}
+    several = {n for n, count in Counter(plain.values()).items() if count > 1}
+    names: dict[str, str] = {}
+    for w, name in plain.items():
+        found = f"{paths[w].parent.name}-{name}" if name in several and not paths[w].is_dir() else name
+        number = next(i for i in itertools.count(1) if (found if i == 1 else f"{found}-{i}") not in names.values())
+        names[w] = found if number == 1 else f"{found}-{number}"
+    return names
+
+
+def trained(config: str, budget: float, args: argparse.Namespace, extra: list[str], name: str) -> dict[str, Any]:
+    """Trains a config for `budget` seconds, or finds what an earlier call trained under that name.
 
     The number of updates is set from the time of one, so that schedules come to their end; a clock stops what would
     take longer all the same.
     """
     out = Path(args.outdir)
-    name = Path(config).stem
     place, done = out / "runs" / name, out / "runs" / f"{name}.json"
     own = {"config": config, "budget": budget, "seed": args.seed, "extra": extra}
     if done.is_file() and (found := json.loads(done.read_text(encoding="utf-8"))).get("asked") == own:
@@ -92,20 +109,21 @@ def trained(config: str, budget: float, args: argparse.Namespace, extra: list[st
     return found
 
 
-def prepared(what: str, args: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
-    """The run of one entry of the command line."""
+def prepared(what: str, args: argparse.Namespace, extra: list[str], name: str) -> dict[str, Any]:
+    """The run of one entry of the command line; `name` is what it is called."""
     from ldm.checkpoint import find_run, minutes_of, read
 
     if Path(what).is_dir():
         run, file = find_run(what)
-        name = run.name.partition("_")[2] or run.name
         return {"run": str(run), "name": name, "minutes": minutes_of(read(file)), "budget": None}
     first, _, second = what.partition("+")
     if not second:
-        return {**trained(first, args.budget, args, extra), "budget": args.budget}
-    stage = trained(first, args.budget / 2, args, extra)
-    model = trained(second, args.budget / 2, args, [*extra, f"first_stage={stage['run']}"])
-    return {**model, "minutes": model["minutes"] + stage["minutes"], "budget": args.budget}
+        return {**trained(first, args.budget, args, extra, name), "budget": args.budget}
+    # under a name of its own: the same config may be an entry, too, which has the whole time
+    stage = trained(first, args.budget / 2, args, extra, f"{name}-on-{Path(first).stem}")
+    model = trained(second, args.budget / 2, args, [*extra, f"first_stage={stage['run']}"], name)
+    minutes = model["minutes"] + stage["minutes"]
+    return {**model, "minutes": minutes, "budget": args.budget, "first_stage": Path(first).stem}
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -137,6 +155,7 @@ def measured(entry: dict[str, Any], args: argparse.Namespace, steps: int | None)
         "trained_steps": result["global_step"],
         "minutes": entry["minutes"],
         "budget": entry["budget"],
+        "first_stage": entry.get("first_stage"),
         "pictures": result["drawn"]["folder"],
         "features": result["features"],
         "result": result,
@@ -170,6 +189,20 @@ def one_data_set(data: dict[str, str | None]) -> None:
     if len(set(data.values()) - {None}) > 1:
         said = "; ".join(f"{name}: {what}" for name, what in data.items() if what)
         raise UserError(f"these cannot be compared, as their real pictures differ ({said}). Give one --real for all")
+
+
+def one_size(what: str, extra: list[str]) -> None:
+    """Checks that both stages of an entry A+B read the same pictures, as far as their configs tell.
+
+    Raises:
+        UserError: they do not.
+    """
+    from ldm.util import UserError
+
+    first, _, second = what.partition("+")
+    stages = [planned_data(w, extra) for w in (first, second) if w]
+    if len(set(stages) - {None}) > 1:
+        raise UserError(f"{what}: the first stage reads {stages[0]}, the second one {stages[1]}: give both one size")
 
 
 def planned_data(what: str, extra: list[str]) -> str | None:
@@ -227,11 +260,13 @@ def compare(args: argparse.Namespace) -> None:
     extra = [w for w in args.what if "=" in w]
     if not what:
         raise UserError("nothing to compare: give configs or runs")
+    for w in what:
+        one_size(w, extra)
     if args.real is None:
         one_data_set({w: planned_data(w, extra) for w in what})
     rows: list[dict[str, Any]] = []
-    for w in what:
-        rows += rows_of(prepared(w, args, extra), args)
+    for w, name in names_of(what).items():
+        rows += rows_of(prepared(w, args, extra, name), args)
         one_data_set({r["name"]: measured_data(r["result"]["real"]) for r in rows})
     page = Path(args.outdir) / "index.html"
     build(page, rows, judge(rows), title=args.title, **texts(args, rows))
@@ -260,6 +295,11 @@ def texts(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, str
     }
 
 
+def _with_stage(row: dict[str, Any]) -> str:
+    stage = row.get("first_stage")
+    return row["run_name"] + (f" (half of the time for its first stage, {stage})" if stage else "")
+
+
 def origins(rows: list[dict[str, Any]]) -> str:
     """Which runs were trained for this page within the budget, and which were taken as they were."""
     runs = list({r["run"]: r for r in rows}.values())
@@ -268,7 +308,7 @@ def origins(rows: list[dict[str, Any]]) -> str:
     if made:
         said.append(
             f"Trained for this page, within {made[0]['budget']:g} seconds each by the Trainer's clock (the table's "
-            f"minutes hold the program's start and end, too): {', '.join(r['run_name'] for r in made)}."
+            f"minutes hold the program's start and end, too): {', '.join(map(_with_stage, made))}."
         )
     if taken:
         names = ", ".join(

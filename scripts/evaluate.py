@@ -6,6 +6,8 @@ python scripts/evaluate.py -r logs/<run> --metrics fid agreement --set steps=10 
     these metrics, other settings of the sampler
 python scripts/evaluate.py -r my_pictures --real logs/<run>
     pictures that are there already
+python scripts/evaluate.py -r logs/<run> --metrics agreement --row results/ddpm_digits.json
+    a row of the README's table
 
 Settings of the Trainer, at any place, share the drawing out: trainer.devices=2 trainer.strategy=ddp
 """
@@ -16,10 +18,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts import common  # noqa: E402
+from scripts import common, results  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,6 +47,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--outdir", default="outputs/evaluation", help="pictures, features, results (default: outputs/evaluation)")
     add("--json", metavar="FILE", default=None, help="write the result here too")
+    add(
+        "--row",
+        nargs="+",
+        default=[],
+        metavar=("FILE", "KEY=VALUE"),
+        help="write the first figure as a row of the README's table: results/NAME.json; what the run's checkpoint does "
+        "not say of its training, or otherwise: family=, config=, command=, minutes=, cores=, commit=",
+    )
     add("trainer", nargs="*", metavar="trainer.KEY=VALUE", help="settings of the Trainer that draws")
     return parser
 
@@ -57,6 +68,9 @@ def measure(args: argparse.Namespace) -> None:
     quieten()
     metrics, words = apart(args.metrics)
     knobs, more = apart(args.set)
+    row, others = apart(args.row)
+    if row:
+        results.facts(row)  # wrong words are said now
     request = Request(
         run=args.run,
         metrics=metrics,
@@ -70,7 +84,7 @@ def measure(args: argparse.Namespace) -> None:
         knobs=common.parse_settings(knobs),
         batch_size=args.batch_size,
         device=args.device,
-        trainer=trainer_settings([*words, *more, *args.trainer]),
+        trainer=trainer_settings([*words, *more, *others, *args.trainer]),
         outdir=args.outdir,
     )
     result = evaluate(request)
@@ -79,6 +93,20 @@ def measure(args: argparse.Namespace) -> None:
     print(json.dumps(result, indent=2))
     if args.json:
         write_json(args.json, result)
+    if row:
+        written = results.write_row(row, *first_figure(result), result.get("training", {}), result.get("model", ""))
+        print(f"{written}: written; `make results` puts it into the README", file=sys.stderr)
+
+
+def first_figure(result: dict[str, Any]) -> tuple[str, float, int]:
+    """(name, value, number of pictures) of the figure that was measured first."""
+    from ldm.util import UserError
+
+    n = result["sampling"]["n"] if "sampling" in result else result["real"]["n"]
+    for name, value in result["metrics"].items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return name, float(value), n
+    raise UserError(f"--row: {', '.join(result['metrics'])} is no single figure: give --metrics another one first")
 
 
 def apart(words: list[str]) -> tuple[list[str], list[str]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts import common  # noqa: E402
+from scripts import common, results  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,6 +40,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=128)
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--json", metavar="FILE", help="write the result here too")
+    add(
+        "--row",
+        nargs="+",
+        default=[],
+        metavar=("FILE", "KEY=VALUE"),
+        help="as in evaluate.py, of the fidelity by pixels",
+    )
     add("--quiet", action="store_true", help="print nothing but progress bars")
     add("--picture", metavar="PNG", help="write 100 of the pictures, evenly chosen, as one")
     add(
@@ -53,11 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.row:
+        results.facts(args.row)  # wrong words are said now
     if args.over_time:
-        if args.picture:
-            from ldm.util import UserError
+        from ldm.util import UserError
 
+        if args.picture:
             raise UserError("--over-time and --picture: give one of the two")
+        if args.row:
+            raise UserError("--over-time and --row: give one of the two")
         result = over_time(args)
     else:
         result = evaluate(args)
@@ -66,6 +77,11 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if args.row:
+        found = result["fidelity"]
+        figure = "caption_fidelity", found["top1_pixels"], found["n"]
+        written = results.write_row(args.row, *figure, result["training"], result["model"])
+        print(f"{written}: written; `make results` puts it into the README", file=sys.stderr)
 
 
 def opened(args: argparse.Namespace, path: str | Path) -> tuple[Any, dict[str, Any], Any, list[str], dict[str, Any]]:
@@ -114,6 +130,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             result["composition"] = captions.composition(asked, held_out, everything)
         if hasattr(model, "caption"):
             result["captions"] = captions.captioning(model, data)
+    result["model"] = f"{type(model).__module__}.{type(model).__name__}"
+    result["training"] = {"minutes": info["minutes"], **info["origin"]}
     result |= {"run": info["checkpoint"], "sha256": info["sha256"], "weights": weights, "seed": args.seed, **knobs}
     result |= generate.versions()
     if args.picture:

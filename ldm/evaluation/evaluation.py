@@ -13,7 +13,7 @@ import numpy as np
 from ldm import generate
 from ldm.checkpoint import find_run, read
 from ldm.data.pixels import EXTENSIONS
-from ldm.evaluation import likelihood
+from ldm.evaluation import likelihood, recognition
 from ldm.evaluation.features import ClassifierFeatures, FeatureNetwork, find_features, shipped
 from ldm.evaluation.pictures import Pictures, of_config, of_files, of_folder
 from ldm.evaluation.sampling import NAMED, Plan, balanced
@@ -211,6 +211,30 @@ class Evaluation:
             return self.drawn_features.logits
         network = ClassifierFeatures(self.request.classifier).to(self.device)
         return features_of(self.drawn, network, Path(self.request.outdir) / "features", "reading").logits
+
+    # --- answers of a classifier ---
+
+    @property
+    def classes(self) -> np.ndarray:
+        """Of the real pictures, int64 [N].
+
+        Raises:
+            UserError: they have none.
+        """
+        labels = self.real.labels()
+        if labels is None:
+            raise UserError("the real pictures have no classes: accuracy cannot be measured")
+        return labels
+
+    @cached_property
+    def answers(self) -> recognition.Answers:
+        """What the classifier that is measured says of the real pictures, read once for all figures."""
+        labels = self.classes
+        with self.scope():
+            read = recognition.reader(self.model, self.device)
+            return recognition.answers(recognition.readings(read, self.real, labels))
+
+    # --- weights ---
 
     def scope(self) -> Any:
         """The weights that were asked for."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +56,7 @@ class FeatureNetwork:
         Raises:
             UserError: the network takes 8 bits only.
         """
-        raise UserError(f"{self.name} takes pictures of 8 bits only: a path length needs a classifier's features")
+        raise UserError(f"{self.name} takes pictures of 8 bits only: a path length needs other features")
 
     def to(self, device: torch.device | str) -> FeatureNetwork:
         """Moves the network."""
@@ -161,6 +164,24 @@ class FidelityFeatures(FeatureNetwork):
         features, *logits = self.extractor(x.to(self.device))
         return features.float().cpu(), logits[0].float().cpu() if logits else None
 
+    def of_floats(self, x: Tensor) -> Tensor:
+        # the package's extractors turn 8 bits into floats first of all; what is in their way is a check of the type
+        with replaced(inspect.getmodule(type(self.extractor)), "vassert", lambda *_: None):
+            return self((x + 1) * 127.5)[0]
+
+
+@contextlib.contextmanager
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Within this, the module has `value` under that name; where it has none, nothing is done."""
+    before = getattr(module, name, None)
+    if before is not None:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(module, name, before)
+
 
 # --- by name ----------------------------------------------------------------------------------------------------------
 
@@ -203,17 +224,35 @@ def _from_fidelity(name: str, cls: Any) -> FidelityFeatures:
     layer = cls.get_default_feature_layer_for_metric("fid")
     layers = [layer, "logits_unbiased"] if name == INCEPTION else [layer]
     if name.startswith("dinov2"):
-        folder = Path(torch.hub.get_dir()) / "facebookresearch_dinov2_main"
-        file = _dinov2_file(name)
-        if not folder.is_dir():
-            raise UserError(
-                f"--features {name}: unpack https://github.com/facebookresearch/dinov2 as {folder}, weights to {file}"
-            )
-        check_file(name, file, "https://dl.fbaipublicfiles.com/dinov2", "")
-        return FidelityFeatures(cls(name, layers), _sha256(file))
+        return _dinov2(name, cls, layers)
     file, url, sha = weights_of(name)
     check_file(name, file, url, sha)
-    return FidelityFeatures(cls(name, layers, feature_extractor_weights_path=str(file)), _sha256(file))
+    return _loaded(name, file, lambda: cls(name, layers, feature_extractor_weights_path=str(file)))
+
+
+def _loaded(name: str, file: Path, make: Callable[[], nn.Module]) -> FidelityFeatures:
+    try:
+        return FidelityFeatures(make(), _sha256(file))
+    except RuntimeError as e:  # torch-fidelity and DINOv2 load strictly
+        raise UserError(f"--features {name}: {file} does not hold the weights of this network: {e}") from e
+
+
+def _dinov2(name: str, cls: Any, layers: list[str]) -> FidelityFeatures:
+    """torch-fidelity has torch.hub build it from DINOv2's repository, which reads the weights from their place."""
+    from torch_fidelity.feature_extractor_dinov2 import MODEL_METADATA
+
+    own, hub = MODEL_METADATA[name], Path(torch.hub.get_dir())
+    folder, file = hub / "facebookresearch_dinov2_main", hub / "checkpoints" / f"{own}_pretrain.pth"
+    url = f"https://dl.fbaipublicfiles.com/dinov2/{own}/{file.name}"
+    if not (folder / "hubconf.py").is_file():
+        raise UserError(
+            f"--features {name}: its network is not here. Unpack https://github.com/facebookresearch/dinov2 as "
+            f"{folder}, and download {url} to {file}"
+        )
+    check_file(name, file, url, "")  # no digest of it is published
+    load = torch.hub.load
+    with replaced(torch.hub, "load", lambda _, entry: load(str(folder), entry, source="local")):  # asks no one
+        return _loaded(name, file, lambda: cls(name, layers))
 
 
 def weights_of(name: str) -> tuple[Path, str, str]:
@@ -228,12 +267,6 @@ def weights_of(name: str) -> tuple[Path, str, str]:
 
     sha = MODEL_METADATA[name]["hash"]
     return folder / f"{name}-{sha}.pt", MODEL_URLS[name], sha
-
-
-def _dinov2_file(name: str) -> Path:
-    from torch_fidelity.feature_extractor_dinov2 import MODEL_METADATA
-
-    return Path(torch.hub.get_dir()) / "checkpoints" / f"{MODEL_METADATA[name]}_pretrain.pth"
 
 
 def check_file(name: str, file: Path, url: str, sha: str) -> None:

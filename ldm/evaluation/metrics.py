@@ -101,16 +101,9 @@ def _rfid(e: Evaluation) -> dict[str, Any]:
     return {"rfid": distances.frechet_distance(*pair)}
 
 
-def _recognition(measure: Callable[..., dict[str, Any]], pixels: bool = False) -> Callable[..., dict[str, Any]]:
-    def run(e: Evaluation) -> dict[str, Any]:
-        labels = e.real.labels()
-        if labels is None:
-            raise UserError("the real pictures have no classes: accuracy cannot be measured")
-        with e.scope():
-            read = recognition.reader(e.model, e.device)
-            return measure(read, e.real, labels) if pixels else measure(recognition.logits_of(read, e.real), labels)
-
-    return run
+def _robustness(e: Evaluation) -> dict[str, Any]:
+    with e.scope():
+        return recognition.robustness(recognition.reader(e.model, e.device), e.real, e.classes)
 
 
 def _bits(e: Evaluation) -> dict[str, Any]:
@@ -138,9 +131,9 @@ METRICS: dict[str, tuple[set[str], Metric]] = {
     "ssim": ({"autoencoder"}, _reconstruction("ssim")),
     "lpips": ({"autoencoder"}, _reconstruction("lpips")),
     "rfid": ({"autoencoder"}, _rfid),
-    "accuracy": ({"classifier"}, _recognition(recognition.accuracy)),
-    "calibration": ({"classifier"}, _recognition(recognition.calibration)),
-    "corruptions": ({"classifier"}, _recognition(recognition.robustness, pixels=True)),
+    "accuracy": ({"classifier"}, lambda e: recognition.accuracy(e.answers)),
+    "calibration": ({"classifier"}, lambda e: recognition.calibration(e.answers)),
+    "corruptions": ({"classifier"}, _robustness),
     "bpd": ({"likelihood"}, _bits),
 }
 USUAL = {
@@ -215,6 +208,7 @@ def _about(e: Evaluation, draws: bool) -> dict[str, Any]:
         about |= {k: e.info[k] for k in ("checkpoint", "sha256", "global_step")}
         about |= {"model": f"{type(e.model).__module__}.{type(e.model).__name__}", "weights": e.weights_used}
         about["parameters"] = count_params(e.model)
+        about["training"] = {"minutes": e.info["minutes"], **e.info["origin"]}
     if draws:
         about["sampling"] = _sampling(e)
     if "drawn" in used:

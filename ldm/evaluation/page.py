@@ -73,7 +73,8 @@ of the data. Copies: drawn pictures that are nearly one training picture.</p>
 <h2 id="samples">Drawn pictures</h2>
 {{ gallery(walls) }}
 <h2 id="nearest">Nearest training pictures</h2>
-<p>In pairs: a drawn picture, and the training picture that is nearest to it in its pixels.</p>
+<p>In pairs: a drawn picture, and the training picture that is nearest to it in its pixels. Of all drawn pictures of
+a row these are the ones that come nearest to any training picture, the nearest first.</p>
 {{ gallery(nearest) }}
 {% if reconstructions %}<h2 id="reconstructions">Reconstructions</h2>
 {{ gallery(reconstructions) }}{% endif %}

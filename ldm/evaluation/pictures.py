@@ -69,6 +69,10 @@ class Pictures:
         x = torch.as_tensor(self.raw(indices)[self.key])
         return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 3, 1, 2)
 
+    def name(self, i: int) -> str:
+        """File of picture i, or its number where the set is not one of files."""
+        return self.dataset.entries.names[i] if isinstance(self.dataset, FileImages) else str(i)
+
     def batches(self, size: int = 256, start: int = 0) -> Iterator[Tensor]:
         """uint8 [B, C, H, W], from picture `start` on; the next batch is read while one is in use."""
         parts = [range(at, min(at + size, len(self))) for at in range(start, len(self), size)]

@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ldm import generate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -14,14 +16,15 @@ PACKAGES = ("torchvision", "lightning", "torch-fidelity", "torchmetrics", "numpy
 
 
 def provenance(device: Any) -> dict[str, Any]:
-    """Commit, versions and machine."""
+    """Commit, versions, machine, and the threads over which a process on the CPU splits its sums."""
     found = {}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    return {"commit": commit(), "device": str(device), "versions": {**generate.versions(), **found}}
+    about = {"commit": commit(), "device": str(device), "threads": torch.get_num_threads()}
+    return {**about, "versions": {**generate.versions(), **found}}
 
 
 def commit() -> str | None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm import generate
 from ldm.evaluation.pictures import Pictures
+from ldm.evaluation.store import write_csv
 from ldm.util import UserError, image_grid
 
 COPY = 1 / 3  # a copy is nearer than a third of the distance to the second nearest (Yoon et al. 2023, section 3)
-COMPARED = 2000  # drawn pictures that are compared with the training images
+HELD = 2**24  # numbers of drawn pictures that are compared with the training images at once: 64 MiB
+SHOWN = 24  # pairs in the picture
+COLUMNS = ("picture", "nearest", "nearest_picture", "distance", "second_distance")  # of the list of pairs
 
 
 def class_agreement(logits: np.ndarray, asked: np.ndarray) -> dict[str, Any]:
@@ -60,40 +65,65 @@ def sharpness(pictures: Pictures, size: int = 256) -> float:
 # --- memorisation -----------------------------------------------------------------------------------------------------
 
 
-def nearest(drawn: Pictures, real: Pictures, limit: int = COMPARED) -> tuple[Tensor, Tensor]:
-    """For each of the first `limit` drawn pictures the two nearest real ones, by root mean squared pixel difference.
+def nearest(drawn: Pictures, real: Pictures) -> tuple[Tensor, Tensor]:
+    """For each drawn picture the two nearest real ones, by root mean squared pixel difference.
+
+    Drawn pictures are held `HELD` numbers at a time; the real ones are read once for each such block.
 
     Returns:
         (distances [n, 2] in grey levels, indices int64 [n, 2]).
     """
     if len(real) < 2:
         raise UserError(f"the nearest two training images need at least 2, got {len(real)}")
-    n = min(limit, len(drawn))
-    x = torch.cat([drawn.get(range(i, min(i + 256, n))) for i in range(0, n, 256)]).float().flatten(1)
-    best, where, start = x.new_full((n, 2), float("inf")), torch.zeros(n, 2, dtype=torch.long), 0
+    rows, n = max(1, HELD // (drawn.channels * math.prod(drawn.size))), len(drawn)
+    found = []
+    for start in tqdm(range(0, n, rows), desc="nearest training pictures", unit="block", leave=False):
+        part = range(start, min(start + rows, n))
+        x = torch.cat([drawn.get(part[i : i + 256]) for i in range(0, len(part), 256)]).float().flatten(1)
+        found.append(_nearest_of_block(x, real))
+    distances, where = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return distances, where
+
+
+def _nearest_of_block(x: Tensor, real: Pictures) -> tuple[Tensor, Tensor]:
+    """The same of a block of drawn pictures [B, D]."""
+    best, where, start = x.new_full((len(x), 2), float("inf")), torch.zeros(len(x), 2, dtype=torch.long), 0
     for batch in real.batches():
         d = torch.cat([best, torch.cdist(x, batch.float().flatten(1))], 1)
-        index = torch.cat([where, torch.arange(start, start + len(batch)).expand(n, -1)], 1)
+        index = torch.cat([where, torch.arange(start, start + len(batch)).expand(len(x), -1)], 1)
         best, order = d.topk(2, largest=False)
         where = index.gather(1, order)
         start += len(batch)
     return best / x.shape[1] ** 0.5, where
 
 
-def memorisation(drawn: Pictures, real: Pictures, picture: Path, shown: int = 24) -> dict[str, Any]:
-    """Share of copies among the drawn pictures; writes pairs (drawn, nearest real one), the nearest first.
+def memorisation(drawn: Pictures, real: Pictures, picture: Path) -> dict[str, Any]:
+    """Share of copies among the drawn pictures.
+
+    Writes every drawn picture with its nearest real one as a list beside `picture` (the same name, .csv), the smallest
+    distance first; `picture` shows the first `SHOWN` of it, in pairs.
 
     Returns:
-        {"copies": share, "nearest_distance": median in grey levels, "nearest_picture": path}.
+        {"copies": share, "nearest_distance": median in grey levels, "nearest_compared": drawn pictures,
+        "nearest_picture": path, "nearest_list": path}.
     """
     distances, where = nearest(drawn, real)
     ratio = distances[:, 0] / distances[:, 1].clamp_min(1e-6)
-    order = distances[:, 0].argsort()[:shown].tolist()
-    pairs = [p for i in order for p in (drawn.get([i])[0], real.get([int(where[i, 0])])[0])]
+    order, table = distances[:, 0].argsort(stable=True).tolist(), picture.with_suffix(".csv")
+    rows = [(drawn.name(i), int(where[i, 0]), real.name(int(where[i, 0])), *_rounded(distances[i])) for i in order]
+    write_csv(table, COLUMNS, rows)
+    pairs = [p for i in order[:SHOWN] for p in (drawn.get([i])[0], real.get([int(where[i, 0])])[0])]
     grid = image_grid(torch.stack(pairs).float() / 127.5 - 1, nrow=12)
-    generate.save_png(generate.pictures(grid[None], str(picture))[0], picture, {"pairs": "drawn, nearest real"})
+    said = f"drawn, nearest real; the {len(order[:SHOWN])} of the smallest distance of {len(drawn)}"
+    generate.save_png(generate.pictures(grid[None], str(picture))[0], picture, {"pairs": said, "all": table.name})
     return {
         "copies": float((ratio < COPY).float().mean()),
         "nearest_distance": float(distances[:, 0].median()),
+        "nearest_compared": len(drawn),
         "nearest_picture": str(picture),
+        "nearest_list": str(table),
     }
+
+
+def _rounded(distances: Tensor) -> list[float]:
+    return [round(d, 4) for d in distances.tolist()]

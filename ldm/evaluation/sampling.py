@@ -181,11 +181,11 @@ def _defaults(function: Any) -> dict[str, Any]:
 
 
 # pictures of before there were records
-UNKNOWN = {"commit": None, "device": None, "versions": None, "batch_size": None}
+UNKNOWN = {"commit": None, "device": None, "threads": None, "versions": None, "batch_size": None}
 
 
 def drawn_by(folder: Path) -> list[dict[str, Any]]:
-    """What drew into this folder: commit, versions, device and batch size of each evaluation that differed in them."""
+    """What drew into this folder: commit, versions, device, threads and batch size of each evaluation that differed."""
     return [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("drawn-*.json"))] or [UNKNOWN]
 
 
@@ -225,6 +225,7 @@ class Drawing(pl.LightningModule):
         return DataLoader(batches, batch_size=None, collate_fn=None)
 
     def on_predict_start(self) -> None:
+        _sign(self.plan.folder, self.plan.batch_size, self.device.type)  # now the Trainer has shared out the threads
         self._started = time.perf_counter()
         # of a generator that is called in two parts, the one that makes the picture
         networks = [getattr(m, "synthesis", m) for m in self.recipe.networks()]
@@ -300,7 +301,6 @@ def draw(plan: Plan, trainer: dict[str, Any], device: str = "auto") -> bool:
     )
     module = Drawing(plan, missing)
     plan.folder.mkdir(parents=True, exist_ok=True)
-    _sign(plan.folder, plan.batch_size, options["accelerator"])
     with plan.scope:
         runner.predict(module, return_predictions=False)
     if runner.is_global_zero and module.drawn:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,3 +85,11 @@ def write_json(path: str | Path, content: object) -> None:
     """Writes JSON; an interrupted one leaves no half file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     _write(Path(path), json.dumps(content, indent=2) + "\n")
+
+
+def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Writes a table with a line of headings; an interrupted one leaves no half file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    _write(Path(path), text.getvalue())

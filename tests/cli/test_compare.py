@@ -1,13 +1,19 @@
 """scripts/compare.py: a training within its time, measured, on a page; what is done is not done again."""
 
 import json
+import shutil
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
+from ldm.evaluation import claims
+from ldm.evaluation.reconstruction import reconstruct
+from ldm.generate import load_run
 from ldm.util import UserError
 from scripts import common, compare
-from tests.cli.tools import QUICK, ROOT, config
+from tests.cli.tools import QUICK, ROOT, config, run_main
 
 VAE = config("configs/autoencoder/vae_digits.yaml")
 SMALL = ["model.params.iwae_samples=0", *QUICK]
@@ -33,7 +39,7 @@ def test_a_page_from_a_config_and_the_second_time_from_what_is_there(tmp_path, m
     trained = json.loads((out / "runs/vae_digits.json").read_text())
     before = time.time()
     args = compare.build_parser().parse_args([str(a) for a in argv])
-    assert compare.trained(VAE, 3.0, args, SMALL)["run"] == trained["run"] and time.time() - before < 60
+    assert compare.trained(VAE, 3.0, args, SMALL, "vae_digits")["run"] == trained["run"] and time.time() - before < 60
 
 
 def test_two_stages_share_the_time(monkeypatch, tmp_path):
@@ -42,18 +48,77 @@ def test_two_stages_share_the_time(monkeypatch, tmp_path):
     def fake(argv, log):
         calls.append(argv)
         if "-l" in argv:
-            run = tmp_path / "runs" / argv[2].rpartition("/")[2].removesuffix(".yaml") / "2026_x"
-            run.mkdir(parents=True)
+            Path(argv[argv.index("-l") + 1], f"2026_{len(calls)}").mkdir(parents=True)
         return "steps       500; 100 ms a step; about 50 s of training"
 
     monkeypatch.setattr(compare, "call", fake)
     args = compare.build_parser().parse_args(["x", "--budget", "20", "--outdir", str(tmp_path)])
-    found = compare.prepared("a/stage.yaml+b/model.yaml", args, ["data.params.batch_size=4"])
+    found = compare.prepared("a/stage.yaml+b/model.yaml", args, ["data.params.batch_size=4"], "model")
     dry, first, _, second = calls
     assert "--dry-run" in dry and "data.params.batch_size=4" in dry
     assert "lightning.trainer.max_steps=90" in first  # 0.9 of 10 s at 100 ms
     assert "lightning.trainer.max_time={seconds: 10}" in first
-    assert f"first_stage={tmp_path / 'runs/stage/2026_x'}" in second and found["name"] == "model"
+    assert f"first_stage={tmp_path / 'runs/model-on-stage/2026_2'}" in second and found["name"] == "model"
+    assert "lightning.trainer.max_time={seconds: 10}" in second and found["first_stage"] == "stage"
+    alone = compare.prepared("a/stage.yaml", args, ["data.params.batch_size=4"], "stage")
+    assert "lightning.trainer.max_time={seconds: 20}" in calls[-1] and alone["budget"] == 20
+    again = compare.prepared("a/stage.yaml+b/model.yaml", args, ["data.params.batch_size=4"], "model")
+    assert again == found and len(calls) == 6  # the stage alone, with the whole time, has not taken its place
+
+
+FAMILIES = {
+    "autoregressive": ("autoregressive/digits_vqgan", "autoregressive/digits_vqgpt"),
+    "latent diffusion": ("autoencoder/kl_digits", "latent-diffusion/digits_class"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_stages_of_a_family_are_trained_within_the_time(family, tmp_path, monkeypatch, capfd):
+    """The second one draws with the first one's weights, and needs its run no more."""
+    first, second = (config(f"configs/{c}.yaml") for c in FAMILIES[family])
+
+    def here(argv, log):
+        capfd.readouterr()
+        assert run_main(*argv[1:]) == 0
+        return "".join(capfd.readouterr())
+
+    monkeypatch.setattr(compare, "call", here)
+    args = compare.build_parser().parse_args(["x", "--budget", "4", "--outdir", str(tmp_path)])
+    quick = [*QUICK, "lightning.callbacks.image_logger.params.disabled=true"]
+    compare.one_size(f"{first}+{second}", quick)
+    found = compare.prepared(f"{first}+{second}", args, quick, "model")
+    stage = json.loads((tmp_path / f"runs/model-on-{Path(first).stem}.json").read_text())
+    assert found["name"] == "model" and found["minutes"] > stage["minutes"] > 0
+    model, own = load_run(found["run"])[0], load_run(stage["run"])[0]
+    assert claims.family_of(f"{type(model).__module__}.{type(model).__name__}") == family
+    x = torch.rand(2, 1, 16, 16) * 2 - 1
+    with own.ema_scope():
+        torch.testing.assert_close(reconstruct(model.first_stage_model, x), reconstruct(own, x))
+    shutil.rmtree(stage["run"])
+    assert load_run(found["run"])[0].sample(model.condition([0]), seeds=[0]).shape == (1, 1, 16, 16)
+
+
+def test_stages_of_two_sizes_are_refused_before_any_training(tmp_path, monkeypatch, capsys):
+    stage, model = (config(f"configs/autoregressive/{c}.yaml") for c in ("openmoji_vqgan", "digits_vqgpt"))
+    monkeypatch.setattr(compare, "trained", lambda *_: pytest.fail("trained"))
+    assert call(monkeypatch, f"{stage}+{model}", "--outdir", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "the first stage reads ldm.data.builtin.OpenMoji at 64x64, the second one ldm.data.builtin.Digits" in error
+
+
+def test_entries_of_one_name_are_told_apart(tmp_path):
+    """Their runs, results and lines in the plots would be taken for one another's."""
+    runs = [tmp_path / f"2026-01-0{i}_ddpm_digits" for i in (1, 2)]
+    for run in runs:
+        run.mkdir()
+    what = [
+        "configs/autoencoder/folder.yaml",
+        "configs/diffusion/folder.yaml",
+        "a/kl.yaml+b/model.yaml",
+        *map(str, runs),
+    ]
+    names = compare.names_of(what)
+    assert list(names.values()) == ["autoencoder-folder", "diffusion-folder", "model", "ddpm_digits", "ddpm_digits-2"]
 
 
 def test_runs_on_data_of_different_sizes_are_refused_before_any_training(tmp_path, monkeypatch, capsys):
@@ -103,6 +168,8 @@ def test_the_page_says_what_was_trained_what_was_taken_and_how():
     assert (
         "within 60 seconds each" in said and "however long they had been trained: older (14.2 minutes), undated" in said
     )
+    two = compare.origins([{**rows[0], "first_stage": "stage"}])
+    assert "made (half of the time for its first stage, stage)" in two
     assert "seconds" not in compare.origins(rows[1:]) and "Taken" not in compare.origins(rows[:1])
     features = {"name": "digits", "layer": "fc", "sha256": "0" * 64}
     rows[0] |= {"features": features, "result": {"real": REAL, "versions": {"torch": "2"}, "device": "cpu"}}

@@ -1,16 +1,22 @@
 """scripts/evaluate.py as a user calls it: what the result says, in several processes, killed, with wrong words."""
 
+import csv
 import json
+import re
 import signal
 import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldm.evaluation.features import MODELS
-from scripts import common, evaluate
+from ldm.evaluation.provenance import commit
+from ldm.util import UserError
+from scripts import common, evaluate, results
 from tests.cli.tools import QUICK, ROOT, config, finish, only_run, run_main, start
+from tests.evaluation import weights
 
 TINY = ["model.params.unet_config.params.num_res_blocks=1", "model.params.unet_config.params.channel_mult=[1,1]"]
 TINY += [
@@ -71,6 +77,9 @@ def test_the_result_says_all_it_depends_on(run, tmp_path, monkeypatch, capsys):
     assert result["weights"] == "ema" and result["commit"] and result["versions"]["torch"]
     assert any("24 pictures for 64 features" in n for n in result["notes"])
     assert (out / f"{sampling_folder(result)}-nearest.png").is_file()
+    with open(metrics["nearest_list"], newline="") as f:
+        listed = {r["picture"]: int(r["nearest"]) for r in csv.DictReader(f)}
+    assert sorted(listed) == [f"{i:08}.png" for i in range(24)] and all(0 <= i < 1257 for i in listed.values())
 
 
 def sampling_folder(result):
@@ -105,9 +114,13 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("behind", ["0", "1"])
-def test_two_processes_draw_what_one_draws(run, tmp_path, monkeypatch, behind):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums round by the number of threads, which two processes share
+@pytest.mark.parametrize(("behind", "threads"), [("0", 1), ("1", None)])
+def test_two_processes_draw_what_one_draws(run, tmp_path, monkeypatch, behind, threads):
+    """With a fixed number of threads bit by bit; with the default one, which processes share, but for the last bits."""
+    if threads is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
     flags = ["trainer.accelerator=cpu", "trainer.strategy=ddp", "trainer.devices=2"]
     argv = arguments(run, tmp_path / "two", "--metrics", "fid", *flags, n=40)
     (tmp_path / "unequal.py").write_text(UNEQUAL.format(root=str(ROOT), behind=behind))
@@ -117,9 +130,17 @@ def test_two_processes_draw_what_one_draws(run, tmp_path, monkeypatch, behind):
     assert code == 0, one
     a, b = (sorted((tmp_path / n / "pictures").rglob("*.png")) for n in ("two", "one"))
     assert [p.name for p in a] == [p.name for p in b] and len(a) == 40
-    assert all((np.asarray(Image.open(p)) == np.asarray(Image.open(q))).all() for p, q in zip(a, b, strict=True))
+    apart = [np.asarray(Image.open(p)).astype(int) - np.asarray(Image.open(q)) for p, q in zip(a, b, strict=True)]
     results = [json.loads(next((tmp_path / n).glob("*.json")).read_text()) for n in ("two", "one")]
-    assert results[0]["metrics"] == results[1]["metrics"]
+    drawers = [r["sampling"]["drawn_by"] for r in results]
+    assert [len(d) for d in drawers] == [1, 1]  # both processes of one evaluation are the same drawer
+    if threads is None:
+        assert all(d[0]["threads"] >= 1 for d in drawers)
+        assert np.abs(apart).max() <= 1 and (np.array(apart) != 0).mean() < 0.01
+        assert results[0]["metrics"]["fid"] == pytest.approx(results[1]["metrics"]["fid"], rel=1e-4)
+    else:
+        assert drawers[0][0]["threads"] == drawers[1][0]["threads"] == threads
+        assert not np.any(apart) and results[0]["metrics"] == results[1]["metrics"]
     assert results[0]["sampling"]["cost"]["devices"] == 2
 
 
@@ -141,6 +162,74 @@ def test_a_killed_evaluation_goes_on(run, tmp_path, monkeypatch):
     assert call(monkeypatch, *argv, "--outdir", tmp_path / "whole") == 0
     a, b = (json.loads(next((tmp_path / x).glob("*.json")).read_text())["metrics"] for x in ("killed", "whole"))
     assert a == b
+
+
+def test_a_row_of_the_readme_s_table_from_a_run(run, tmp_path, monkeypatch, capsys):
+    """All of it from the run itself: the command that trained it, its minutes, cores and commit."""
+    file, cores = tmp_path / "results/ddpm_digits.json", min(2, torch.get_num_threads())
+    argv = arguments(run, tmp_path / "out", "--metrics", "agreement", "fid")
+    few = [f"cores={cores}"] * (torch.get_num_threads() > 2)  # the table is of two at most
+    assert call(monkeypatch, *argv, "--row", file, *few) == 0
+    result = json.loads(capsys.readouterr().out)
+    row = results.read_row(file)
+    training = result["training"]
+    assert row["config"] == "configs/diffusion/ddpm_digits.yaml" and row["family"] == "diffusion"
+    assert row["command"].startswith("python main.py -t -b configs/diffusion/ddpm_digits.yaml --max_steps 2 --no-test")
+    assert TINY[0] in row["command"] and "-l" not in row["command"].split() and str(run) not in row["command"]
+    assert (row["metric"], row["n"]) == ("class_agreement", 24)
+    assert row["value"] == pytest.approx(result["metrics"]["class_agreement"], rel=1e-3)
+    assert row["minutes"] == round(training["minutes"], 1) and row["commit"] == training["commit"] == commit()
+    assert row["cores"] == cores and (training["cores"], training["device"]) == (torch.get_num_threads(), "cpu")
+    assert row["config"] in results.table(file.parent)
+    given = ["family=diffusion, small", "minutes=4.4", "cores=1", "commit=1234567", "command=python main.py -t -b x"]
+    assert call(monkeypatch, *argv, "--row", file, *given) == 0
+    row = results.read_row(file)
+    assert (row["minutes"], row["cores"], row["commit"]) == (4.4, 1, "1234567") and row["command"].endswith("-b x")
+    assert call(monkeypatch, *argv, "--row", file, *few) == 0
+    row = results.read_row(file)  # the words for the family stay, figures are the run's again
+    assert row["family"] == "diffusion, small" and row["commit"] == commit()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["value=1"], "--row value=1: expected KEY=VALUE of family, config, command, minutes, commit, cores"),
+        (["minute=1"], "(did you mean minutes?)"),
+        (["minutes=few"], "--row minutes=few: expected a number"),
+    ],
+)
+def test_wrong_words_of_a_row_are_said_before_anything_is_measured(run, words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "trainer_settings", lambda _: pytest.fail("measured"))
+    assert call(monkeypatch, *arguments(run, tmp_path), "--row", tmp_path / "a.json", *words) == 2
+    assert message in capsys.readouterr().err
+
+
+TRAINING = {"command": "python main.py -t -b configs/a.yaml", "config": "configs/a.yaml", "commit": "1234567"}
+TRAINING |= {"cores": 2, "device": "cpu", "minutes": 1.04}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"commit": None, "cores": None}, "does not say its commit, cores: add commit=... cores=..."),
+        ({"device": "cuda"}, "trained on cuda"),
+        ({"cores": 8}, "trained on 8 cores"),
+        (
+            {"command": "python main.py -t -b configs/a.yaml first_stage=/home/me/run"},
+            "first_stage=/home/me/run is on this",
+        ),
+    ],
+)
+def test_what_is_no_row(change, message, tmp_path):
+    """Of a run from before runs kept where they come from, too."""
+    words, model = [str(tmp_path / "a.json")], "ldm.models.vae.VAE"
+    with pytest.raises(UserError, match=re.escape(message)):
+        results.write_row(words, "fid", 1.23456, 10, {**TRAINING, **change}, model)
+    assert not (tmp_path / "a.json").exists()
+    results.write_row(words, "fid", 1.23456, 10, TRAINING, model)
+    row = results.read_row(tmp_path / "a.json")
+    own = {k: v for k, v in TRAINING.items() if k != "device"}
+    assert row == {**own, "family": "VAE", "metric": "fid", "value": 1.235, "n": 10, "minutes": 1.0}
 
 
 def test_a_folder_is_measured_like_a_run(run, tmp_path, monkeypatch, capsys):
@@ -186,6 +275,19 @@ def test_an_autoencoder(vae, tmp_path, monkeypatch, capsys):
     assert 0 < metrics["psnr"] < 30 and -1 < metrics["ssim"] < 1 and metrics["rfid"] > 1
     assert metrics["bits_per_dimension"] > 0 and "Bernoulli" in metrics["bits_per_dimension_note"]
     assert result["real"]["n"] == 360 and "sampling" not in result
+
+
+def test_path_lengths_in_the_features_that_are_chosen(vae, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights.place("clip-vit-b-32", tmp_path / "hub", weights.clip(), monkeypatch)
+    argv = ["-r", vae, "--metrics", "ppl", "-n", 12, "--outdir", tmp_path]
+    found = []
+    for features in ("digits", "clip-vit-b-32"):
+        assert call(monkeypatch, *argv, "--features", features) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["features"]["name"] == features and result["metrics"]["ppl"] > 0
+        found.append(result["metrics"]["ppl"])
+    assert found[0] != found[1]
 
 
 def test_a_classifier(tmp_path, monkeypatch, capsys):

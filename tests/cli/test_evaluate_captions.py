@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from ldm.checkpoint import in_order_of_steps, minutes_of, read
+from scripts import results
 from tests.cli.tools import QUICK, config, only_run, run_main
 from tests.docs.test_commands import run_script
 
@@ -54,6 +55,15 @@ def test_figures_at_every_checkpoint(logs, capsys):
     assert captions(logs, "-r", run) == 0
     at_the_end = json.loads((logs / "figures.json").read_text())["fidelity"]
     assert at_the_end["psnr"] == pytest.approx(rows[1]["psnr"], abs=1e-6)
+
+
+def test_a_row_of_the_readme_s_table(logs, tmp_path, capsys):
+    file = tmp_path / "openmoji_demo.json"
+    assert captions(logs, "-r", only_run(logs / "runs"), "--row", file, "family=text to image", "cores=2") == 0
+    row, found = results.read_row(file), json.loads((logs / "figures.json").read_text())
+    assert (row["metric"], row["value"], row["n"]) == ("caption_fidelity", found["fidelity"]["top1_pixels"], 12)
+    assert row["config"] == "configs/latent-diffusion/openmoji_demo.yaml" and row["family"] == "text to image"
+    assert row["commit"] == found["training"]["commit"] and row["minutes"] == round(found["training"]["minutes"], 1)
 
 
 def test_one_checkpoint_is_no_curve(logs, tmp_path, capsys):

@@ -38,6 +38,8 @@ RUNS = {
     "stylegan_run": "configs/gan/stylegan2_digits.yaml",
     "gpt_run": "configs/autoregressive/digits_gpt.yaml",
     "vq_run": "configs/autoregressive/openmoji_vqgan.yaml",
+    "digits_vq_run": "configs/autoregressive/digits_vqgan.yaml",
+    "digits_vqgpt_run": "configs/autoregressive/digits_vqgpt.yaml",
     "cifar10_vq_run": "configs/autoregressive/cifar10_vqgan.yaml",
     "cifar10_gpt_run": "configs/autoregressive/cifar10_gpt.yaml",
     "dalle_run": "configs/autoregressive/openmoji_dalle.yaml",
@@ -46,7 +48,7 @@ RUNS = {
 DIFFUSION = {name for name, config in RUNS.items() if "diffusion/" in config}
 # the run that another one starts from
 FIRST_STAGE = {"latent_run": "first_run", "dalle_run": "vq_run", "cogview_run": "vq_run"}
-FIRST_STAGE |= {"cifar10_gpt_run": "cifar10_vq_run"}
+FIRST_STAGE |= {"cifar10_gpt_run": "cifar10_vq_run", "digits_vqgpt_run": "digits_vq_run"}
 # every checkpoint is kept, for its curve
 KEEP = ("every_n_train_steps=1", "save_top_k=-1", "filename=at_{step}")
 KEPT = {"txt2img_run": [f"lightning.modelcheckpoint.params.{k}" for k in KEEP]}
@@ -217,9 +219,10 @@ def substitute(words, things, place):
 
 
 def _substitute(word, before, things, place):
-    if re.fullmatch(r"configs/.*\.yaml", word):
-        assert (ROOT / word).is_file(), f"{word} does not exist"
-        return str(ROOT / word)
+    if re.fullmatch(r"configs/.*\.yaml", word):  # A+B: two stages of scripts/compare.py
+        for part in word.split("+"):
+            assert (ROOT / part).is_file(), f"{part} does not exist"
+        return "+".join(str(ROOT / part) for part in word.split("+"))
     word = re.sub(r"(?:logs/)?<(\w+)>", lambda m: str(things.copy_run(m[1], place)), word)
     key, equals, value = word.rpartition("=")
     if before not in OUTPUTS:

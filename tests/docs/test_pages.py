@@ -119,6 +119,33 @@ def test_every_flag_is_explained(module, page):
         assert not names or any(f"`{n}" in text for n in names), f"docs/{page} does not explain {names}"
 
 
+NUMBERS = r"\b(\d+|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)\b"
+# family of the report's table -> its name on the pages
+FAMILIES = {"GAN": "GANs", "VAE": "VAE", "autoregressive": "transformer"}
+FAMILIES |= {"diffusion": "diffusion", "latent diffusion": "latent diffusion"}
+
+
+@pytest.mark.smoke
+def test_what_is_said_of_the_report_is_in_the_report():
+    """Budget, number of runs and command are the report's own to say: another report would make the pages wrong."""
+    html = (ROOT / "docs/report/index.html").read_text(encoding="utf-8")
+    html = re.sub(r"data:image[^\"]*", "", html)
+    assert "Made by: python scripts/compare.py" in html and re.search(r"\d seconds|Taken as they were", html)
+    said = []
+    for page in (ROOT / "README.md", ROOT / "docs/evaluation.md"):
+        paragraphs = re.split(r"\n\s*\n", page.read_text(encoding="utf-8"))
+        said += [" ".join(p.split()) for p in paragraphs if "report/index.html" in p]
+    assert len(said) == 2
+    for paragraph in said:
+        about = paragraph[paragraph.index("report/index.html") :]
+        found = re.search(rf"{NUMBERS} (minutes|seconds|configs|runs)", about)
+        assert not found, f"{found[0]!r} is for the report to say: {paragraph}"
+    families = set(re.findall(r"<tr>\s*<td[^>]*>[^<]*</td>\s*<td[^>]*>([^<]*)</td>", html))
+    assert families
+    for family in families:
+        assert FAMILIES[family] in said[0], f"README.md does not name the report's {family}"
+
+
 @pytest.mark.smoke
 def test_every_message_is_one_that_the_code_gives():
     """The messages in docs/troubleshooting.md, cut at `...` and at quoted values, stand in the sources."""

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from ldm.evaluation import distances
 from ldm.util import UserError
+from tests.evaluation.memory import Largest
 
 
 def normal(n, d=8, seed=0, shift=0.0, scale=1.0):
@@ -150,19 +150,6 @@ def test_precision_and_recall_are_torch_fidelity_s_whatever_the_blocks(block, mo
     theirs = calculate_precision_recall_full(torch.from_numpy(a), torch.from_numpy(b))
     found = distances.precision_recall(a, b)
     assert (found["precision"], found["recall"]) == pytest.approx(theirs) and 0 < theirs[1] < theirs[0]
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation gives."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
 
 
 MEASURES = {

@@ -1,6 +1,8 @@
 """What is seen in pictures, reconstructions, classifiers and likelihoods: values that are known by hand."""
 
+import csv
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 from scipy.stats import norm
 from torchmetrics.classification import MulticlassCalibrationError
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ldm.data.base import ArrayDataset
 from ldm.data.builtin import Digits
@@ -15,9 +18,11 @@ from ldm.data.openmoji import OpenMoji
 from ldm.data.vision import CIFAR10
 from ldm.evaluation import likelihood, quality, recognition, reconstruction
 from ldm.evaluation.corruptions import CORRUPTIONS
+from ldm.evaluation.evaluation import Request
 from ldm.evaluation.features import MODELS
+from ldm.evaluation.metrics import evaluate
 from ldm.evaluation.path_length import path_length
-from ldm.evaluation.pictures import Pictures, of_config, of_dataset, of_files
+from ldm.evaluation.pictures import Pictures, of_config, of_dataset, of_files, of_folder
 from ldm.evaluation.sampling import balanced
 from ldm.evaluation.text import clip_score
 from ldm.generate import load_run
@@ -25,6 +30,7 @@ from ldm.models.diffusion.ddpm import DDPM
 from ldm.models.vae import VAE
 from ldm.modules.open_clip_text import CLIP
 from ldm.util import UserError
+from tests.evaluation.memory import Largest
 
 CONFIG = {
     "data": {
@@ -138,6 +144,55 @@ def test_copies_are_found_whatever_the_blocks(tmp_path):
     assert found["copies"] == pytest.approx(2 / 30) and (tmp_path / "n.png").is_file()
 
 
+def test_every_drawn_picture_is_compared_and_listed_the_nearest_first(tmp_path, monkeypatch):
+    """Copies may be the very last pictures of many; blocks of any size find the same."""
+    real, drawn = noise(300, size=4, seed=1), noise(2100, size=4, seed=2)
+    drawn[2099], drawn[2050] = real[17], real[250]
+    drawn[2050, 0, 0, 0] ^= 1  # one pixel by one grey level
+    whole = quality.nearest(pictures(drawn), pictures(real))
+    monkeypatch.setattr(quality, "HELD", 100 * 16)
+    for a, b in zip(quality.nearest(pictures(drawn), pictures(real)), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+    found = quality.memorisation(pictures(drawn), pictures(real), tmp_path / "n.png")
+    with open(found["nearest_list"], newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert found["nearest_compared"] == len(rows) == 2100 and {r["picture"] for r in rows} == set(map(str, range(2100)))
+    assert [(r["picture"], r["nearest"], r["nearest_picture"]) for r in rows[:2]] == [
+        ("2099", "17", "17"),
+        ("2050", "250", "250"),
+    ]
+    each = [float(r["distance"]) for r in rows]
+    assert each == sorted(each) and each[0] < 0.05 and each[1] == pytest.approx(0.25, abs=0.05) and each[2] > 1
+    shown = np.asarray(Image.open(found["nearest_picture"]).convert("L"))  # 12 pictures of 4x4 a row, 2 pixels between
+    assert (shown[2:6, 2:6] == real[17, 0].numpy()).all() and (shown[2:6, 8:12] == real[17, 0].numpy()).all()
+    assert (shown[2:6, 14:18] == drawn[2050, 0].numpy()).all() and (shown[2:6, 20:24] == real[250, 0].numpy()).all()
+
+
+def test_files_are_named_in_the_list_of_nearest_pictures(tmp_path):
+    x, sets = noise(12, size=8), []
+    for place in ("drawn", "real"):
+        (tmp_path / place).mkdir()
+        for i in range(12):
+            Image.fromarray(x[i if place == "drawn" else 11 - i, 0].numpy()).save(tmp_path / place / f"p{i:02}.png")
+        sets.append(of_folder(tmp_path / place, (8, 8), 1))
+    found = quality.memorisation(*sets, tmp_path / "n.png")
+    with open(found["nearest_list"], newline="") as f:
+        pairs = {r["picture"]: (r["nearest"], r["nearest_picture"]) for r in csv.DictReader(f)}
+    assert pairs == {f"p{i:02}.png": (str(11 - i), f"p{11 - i:02}.png") for i in range(12)}
+
+
+def test_comparing_holds_no_more_for_more_drawn_pictures(monkeypatch):
+    monkeypatch.setattr(quality, "HELD", 128 * 64)
+    largest = []
+    for n in (400, 1600):
+        sets = [pictures(noise(m, size=8, seed=m)) for m in (n, 300)]
+        with Largest() as seen:
+            distances, _ = quality.nearest(*sets)
+        assert distances.shape == (n, 2)
+        largest.append(seen.elements)
+    assert largest[0] == largest[1] <= 128 * 258 * 2
+
+
 def test_clip_score_is_the_cosine():
     vision = {"image_size": 16, "patch_size": 8, "width": 64, "layers": 1}
     clip = CLIP(vision, {"embed_dim": 16, "width": 64, "heads": 2, "layers": 1})
@@ -205,20 +260,74 @@ def test_reconstructions_use_the_mode_of_the_posterior():
 # --- classifiers ------------------------------------------------------------------------------------------------------
 
 
+def answers(logits, y, batch=2):
+    """Of logits [N, K] and classes, added up batch by batch."""
+    y = torch.as_tensor(y)
+    return recognition.answers(zip(logits.split(batch), y.split(batch), strict=True))
+
+
 def test_accuracy_by_hand():
     logits = torch.tensor([[3.0, 2, 1, 0, 0, 0], [0, 9, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5.0]])
-    found = recognition.accuracy(logits, np.array([0, 0, 0]))
+    found = recognition.accuracy(answers(logits, [0, 0, 0]))
     assert found["top1"] == pytest.approx(1 / 3) and found["top5"] == pytest.approx(2 / 3)
     assert found["per_class"] == [pytest.approx(1 / 3), None, None, None, None, None]
 
 
 def test_calibration_of_a_sure_liar_and_torchmetrics():
     sure = torch.eye(10)[[0, 1, 2, 3]] * 100
-    assert recognition.calibration(sure, np.array([0, 1, 2, 3]))["calibration_error"] == pytest.approx(0, abs=1e-5)
-    assert recognition.calibration(sure, np.array([1, 2, 3, 4]))["calibration_error"] == pytest.approx(1, abs=1e-5)
+    assert recognition.calibration(answers(sure, [0, 1, 2, 3]))["calibration_error"] == pytest.approx(0, abs=1e-5)
+    assert recognition.calibration(answers(sure, [1, 2, 3, 4]))["calibration_error"] == pytest.approx(1, abs=1e-5)
     logits, y = torch.randn(200, 10), torch.randint(0, 10, (200,))
     expected = MulticlassCalibrationError(10, n_bins=15)(logits.softmax(1), y)
-    assert recognition.calibration(logits, y.numpy())["calibration_error"] == pytest.approx(float(expected), abs=1e-6)
+    assert recognition.calibration(answers(logits, y))["calibration_error"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_figures_of_batches_are_those_of_all_logits_at_once():
+    g = torch.Generator().manual_seed(3)
+    logits, y = torch.randn(900, 7, generator=g) * 3, torch.randint(0, 6, (900,), generator=g)  # no picture of class 6
+    found = answers(logits, y, batch=256)
+    hit, confidence = logits.argmax(1) == y, logits.softmax(1).max(1).values
+    figures = recognition.accuracy(found)
+    assert figures["top1"] == pytest.approx(float(hit.double().mean()), rel=1e-12)
+    assert figures["top5"] == pytest.approx(float((logits.topk(5, 1).indices == y[:, None]).any(1).double().mean()))
+    assert figures["per_class"] == [*(pytest.approx(float(hit[y == c].double().mean())) for c in range(6)), None]
+    assert figures["nll"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits.double(), y)), rel=1e-12)
+    assert confidence.max() > 14 / 15
+    expected = multiclass_calibration_error(logits.softmax(1), y, 7, n_bins=15, norm="l1")
+    assert recognition.calibration(found)["calibration_error"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_reading_holds_no_more_logits_for_more_pictures():
+    """Logits are a thousand numbers a picture here: none may be held beyond its batch."""
+    largest, alive = [], []
+    for n in (600, 1800):
+        held = weakref.WeakSet()
+
+        def read(x, held=held):
+            logits = torch.arange(len(x) * 1000).view(len(x), 1000).float() % 97
+            held.add(logits)
+            alive.append(len(held))
+            return logits
+
+        with Largest() as seen:
+            batches = recognition.readings(read, pictures(noise(n, size=4)), np.zeros(n, np.int64))
+            found = recognition.answers(batches)
+        assert found.n == n and found.asked[0] == n
+        largest.append(seen.elements)
+    assert largest[0] == largest[1] == 256 * 1000 and max(alive) <= 2
+
+
+def test_a_classifier_reads_its_pictures_once_for_all_figures(tmp_path, monkeypatch):
+    calls, reader = [], recognition.reader
+
+    def counting(model, device):
+        read = reader(model, device)
+        return lambda x: (calls.append(len(x)), read(x))[1]
+
+    monkeypatch.setattr(recognition, "reader", counting)
+    request = Request(str(MODELS / "classifier/digits"), ["accuracy", "calibration"], outdir=tmp_path, device="cpu")
+    found = evaluate(request)["metrics"]
+    assert sum(calls) == 360 and found["top1"] > 0.99 and 0 < found["calibration_error"] < 0.2
 
 
 @pytest.mark.parametrize("channels", [1, 3])

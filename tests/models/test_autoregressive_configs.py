@@ -14,10 +14,12 @@ FOLDER = ROOT / "configs/autoregressive"
 # what another config is laid over, and the image tokens that it starts from
 OVER = {"openmoji_cogview_upscale": "openmoji_cogview"}
 FIRST = {"openmoji_dalle": "openmoji_vqgan", "openmoji_cogview": "openmoji_vqgan", "cifar10_gpt": "cifar10_vqgan"}
+FIRST |= {"digits_vqgpt": "digits_vqgan"}
 NAMES = sorted(p.stem for p in FOLDER.glob("*.yaml"))
 SIZE = 32
+OWN_SIZE = {"digits_gpt": 8, "digits_vqgan": 16, "digits_vqgpt": 16}
 TRANSFORMER = {"n_layer": 1, "n_head": 2, "n_embd": 16, "use_checkpoint": "false"}
-STAGE = {"ch": 32, "num_res_blocks": 1, "resolution": SIZE}
+STAGE = {"ch": 32, "num_res_blocks": 1, "resolution": "${data.params.size}"}
 
 
 def small(name):
@@ -55,7 +57,7 @@ def train(tmp_path_factory):
         if name not in runs:
             below = OVER.get(name)
             files = [FOLDER / f"{n}.yaml" for n in (below, name) if n]
-            logs, size = tmp_path_factory.mktemp(name), 8 if name == "digits_gpt" else SIZE
+            logs, size = tmp_path_factory.mktemp(name), OWN_SIZE.get(name, SIZE)
             argv = ["-t", "-b", *files, "-l", logs, "--max_steps", 2, *QUICK, "data.params.batch_size=4", "--no-test"]
             argv += [f"data.params.root={root}", f"data.params.size={size}", *small(below or name)]
             argv += ["lightning.callbacks.image_logger.params.batch_frequency=2", "--limit_val_batches", 1]
@@ -82,6 +84,27 @@ def test_two_steps_pictures_and_samples(name, train):
     alone = model.sample(model.condition([4], **prompt), seeds=[4])
     assert both.min() >= -1 and both.max() <= 1 and both.shape[1:] == model.picture_shape
     assert (both[1:] - alone).abs().max() <= 2 / 255
+
+
+def test_the_digits_of_every_two_stage_family_have_one_size():
+    """That of ddpm_digits, so that one page can compare them; a stage and what is trained on it read the same."""
+    places = {"autoregressive": ["digits_vqgan", "digits_vqgpt"], "autoencoder": ["kl_digits"]}
+    places |= {"latent-diffusion": ["digits_class"], "diffusion": ["ddpm_digits"]}
+    params = [load_yaml(FOLDER.parent / p / f"{n}.yaml").data.params for p, names in places.items() for n in names]
+    assert {(p["size"], p["channels"], p.train["target"]) for p in params} == {(16, 1, "ldm.data.builtin.Digits")}
+
+
+def test_the_digits_tokens_at_the_size_of_the_gans(tmp_path):
+    """data.params.size alone decides, for both stages: 8x8 codes instead of 4x4."""
+    logs, run = [tmp_path / "a", tmp_path / "b"], None
+    for place, name in zip(logs, ("digits_vqgan", "digits_vqgpt"), strict=True):
+        argv = ["-t", "-b", FOLDER / f"{name}.yaml", "-l", place, "--max_steps", 1, "--no-test", *QUICK]
+        argv += ["data.params.size=32", "data.params.batch_size=4", "--limit_val_batches", 0, *small(name)]
+        argv += ["lightning.callbacks.image_logger.params.disabled=true", *([f"first_stage={run}"] if run else [])]
+        assert run_main(*argv) == 0
+        run = only_run(place)
+    model, _ = load_run(run)
+    assert tuple(model.grid) == (8, 8) and model.picture_shape == (1, 32, 32)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in OVER])
