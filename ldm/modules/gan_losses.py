@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Critic = Callable[[Tensor], Tensor]  # images [B, C, H, W] -> logits [B, ...]
+TINY = 1e-16  # under a root: keeps its gradient finite at 0
 
 
 class GanLoss(NamedTuple):
@@ -244,7 +245,9 @@ class PathLength(nn.Module):
         y = torch.randn_like(images) if noise is None else noise
         # the scale makes lengths comparable between resolutions
         (grad,) = torch.autograd.grad((images * y).sum() / math.sqrt(images[0, 0].numel()), ws, create_graph=True)
-        lengths = grad.float().square().sum(2).mean(1).sqrt()  # [B]; ws, and with it grad, is half under autocast
+        # [B]; ws, and with it grad, is half under autocast. A picture that w does not change, such as one that tanh has
+        # driven to white, has length 0, where the root has no gradient
+        lengths = grad.float().square().sum(2).mean(1).clamp_min(TINY).sqrt()
         mean = self.mean.lerp(lengths.detach().mean(), self.decay)
         self.mean.copy_(mean)
         return (lengths - mean).square().mean()

@@ -255,6 +255,17 @@ def test_path_length_of_a_linear_generator():
     assert not penalty.mean.requires_grad and "mean" in penalty.state_dict()
 
 
+def test_path_length_of_a_picture_that_w_does_not_change():
+    """A generator whose tanh is saturated has Jacobian 0: nothing to learn from, and nothing that is not finite."""
+    w = torch.full((4, 1, 3), 90.0, requires_grad=True)
+    gain = torch.ones(3, requires_grad=True)
+    images = torch.tanh((w[:, 0] * gain)[:, :, None, None].expand(4, 3, 4, 4))
+    assert images.min() == 1
+    value = L.PathLength()(images, w)
+    value.backward()
+    assert value == pytest.approx(0, abs=1e-12) and torch.equal(gain.grad, torch.zeros(3))
+
+
 def test_path_length_of_a_rotation_is_its_length_and_vanishes():
     """Rows of equal length at right angles, one y: every |J^T y| is the same, and the mean comes to it."""
     a = torch.eye(16) * 3
