@@ -263,7 +263,7 @@ def test_path_length_of_a_picture_that_w_does_not_change():
     assert images.min() == 1
     value = L.PathLength()(images, w)
     value.backward()
-    assert value == pytest.approx(0, abs=1e-12) and torch.equal(gain.grad, torch.zeros(3))
+    assert value.item() == pytest.approx(0, abs=1e-12) and torch.equal(gain.grad, torch.zeros(3))
 
 
 def test_path_length_of_a_rotation_is_its_length_and_vanishes():
