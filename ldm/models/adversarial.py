@@ -53,9 +53,9 @@ class AdversarialModel(BaseModel):
         for name, value in (("accumulate", accumulate), ("disc_steps", disc_steps)):
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
-        self.automatic_optimization = False
         if lr_g_factor <= 0:
             raise ValueError(f"lr_g_factor: got {lr_g_factor}, expected a number over 0")
+        self.automatic_optimization = False
         self.accumulate, self.clip, self.disc_steps, self.lr_g_factor = accumulate, clip, disc_steps, lr_g_factor
         self.clip_algorithm: str | None = None
         self.updates = self.disc_updates = self._batch_idx = 0
