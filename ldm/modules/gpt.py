@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.modules import sdpa
 from ldm.modules.matmul import Linear, Packed, linear
 from ldm.modules.sequence import Layout
 
@@ -126,7 +127,7 @@ class CausalSelfAttention(nn.Module):
             y = stable_attention(q, k, v, mask, dropout)
         else:
             causal = mask is None and n > 1
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+            y = sdpa.attention(q, k, v, mask, dropout, causal)
         y = y.transpose(1, 2).reshape(B, n, C)
         return self.resid_drop(self.proj(y)) if cache is None else cache.products[layer]["proj"](y)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.modules import matmul
 
 LONG = 512  # queries and keys from which on it pays
-SHORT = 64  # keys up to which the formula pays
+SHORT, SHORT_BF16 = 64, 256  # keys up to which the formula pays; the kernel's gradient is slowest in bfloat16
 BLOCK = 2**20  # scores that are held at once: larger products share their work better among the cores
 
 
@@ -60,20 +60,31 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False
 ) -> Tensor:
     """`F.scaled_dot_product_attention`: q [B, h, N, d], k, v [B, h, M, d], mask as it takes it -> [B, h, N, d]."""
-    if not (dropout or causal):
-        if mask is None and matmul.MKL_IS_SLOW and torch.is_grad_enabled() and _pays(q, k, v):
+    if not dropout:
+        if not causal and mask is None and matmul.MKL_IS_SLOW and torch.is_grad_enabled() and _pays(q, k, v):
             return _Attention.apply(q, k, v)
-        if q.device.type == "cpu" and q.requires_grad and k.shape[-2] <= SHORT:
-            return _formula(q, k, v, mask)
+        if q.device.type == "cpu" and q.requires_grad and k.shape[-2] <= _short(q):
+            return _formula(q, k, v, _causal(q, k) if causal else mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
 def _formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V as it is written: with few keys its gradient is five times as fast as the kernel's."""
+    """softmax(Q K^T / sqrt(d)) V as it is written: with few keys its gradient is several times as fast as the
+    kernel's.
+    """
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1).to(v.dtype) @ v
+
+
+def _short(q: Tensor) -> int:
+    return SHORT_BF16 if q.dtype == torch.bfloat16 else SHORT
+
+
+def _causal(q: Tensor, k: Tensor) -> Tensor:
+    """bool [N, M]: query i sees the keys up to i."""
+    return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
 
 
 def _pays(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -61,16 +61,39 @@ def test_stays_with_pytorch(own):
 
 
 @pytest.mark.parametrize("keys", [5, sdpa.SHORT, sdpa.SHORT + 1])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [False, True, "causal"])
 def test_few_keys_go_by_the_formula(keys, masked):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (7, keys, keys))
-    mask = torch.rand(2, 1, 1, keys) < 0.7 if masked else None
-    if masked:
+    causal = masked == "causal"
+    q, k, v = (
+        torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (keys if causal else 7, keys, keys)
+    )
+    mask = None
+    if masked is True:
+        mask = torch.rand(2, 1, 1, keys) < 0.7
         mask[..., 0] = True
-    got, expected = sdpa.attention(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    got = sdpa.attention(q, k, v, mask, causal=causal)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     torch.testing.assert_close(got, expected)
     weight = torch.randn_like(got)
     gradients = [torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (got, expected)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("keys", [sdpa.SHORT_BF16, sdpa.SHORT_BF16 + 1])
+def test_more_keys_go_by_the_formula_in_bfloat16(keys, monkeypatch):
+    """Whose gradient is at most half as far again from the exact one as the kernel's: both round to bfloat16."""
+    torch.manual_seed(0)
+    calls, formula = [], sdpa._formula
+    monkeypatch.setattr(sdpa, "_formula", lambda *args: calls.append(1) or formula(*args))
+    exact = [torch.randn(1, 2, n, 16, requires_grad=True) for n in (65, keys, keys)]
+    leaves = [t.detach().bfloat16().requires_grad_() for t in exact]
+    weight = torch.randn(1, 2, 65, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, kernel = attention(*leaves), F.scaled_dot_product_attention(*leaves)
+    assert len(calls) == (keys == sdpa.SHORT_BF16)
+    expected = torch.autograd.grad((F.scaled_dot_product_attention(*exact) * weight).sum(), exact)
+    ours, theirs = (torch.autograd.grad((out * weight).sum(), leaves) for out in (got, kernel))
+    for e, a, b in zip(expected, ours, theirs, strict=True):
+        assert (a - e).norm() <= 1.5 * (b - e).norm() < 0.05 * e.norm()
