@@ -248,14 +248,14 @@ class Evaluation:
 
 
 def kinds_of(model: Any) -> set[str]:
-    """What can be measured of a model: folder, classifier, generator, autoencoder, likelihood."""
+    """What can be measured of a model: folder, classifier, generator, autoencoder, likelihood, elbo."""
     if model is None:
         return {"folder"}
     if isinstance(model, Classifier):
         return {"classifier"}
     if isinstance(model, AutoencoderBase):  # a first stage; the prior that it draws from is another model
         return {"autoencoder"}
-    kinds = {"autoencoder"} if isinstance(model, VAE) else set()
+    kinds = {"autoencoder", "elbo"} if isinstance(model, VAE) else set()
     if likelihood.has_likelihood(model):
         kinds.add("likelihood")
     return kinds | ({"generator"} if hasattr(model, "sample") else set())

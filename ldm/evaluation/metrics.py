@@ -111,6 +111,11 @@ def _bits(e: Evaluation) -> dict[str, Any]:
         return likelihood.bits_per_dimension(e.model, e.real, e.device, seed=e.request.seed)
 
 
+def _elbo(e: Evaluation) -> dict[str, Any]:
+    with e.scope():
+        return likelihood.elbo(e.model, e.real, e.device, seed=e.request.seed)
+
+
 Metric = Callable[[Evaluation], dict[str, Any]]
 DRAWN = {"generator", "folder"}
 # name -> (what it can be measured of, how)
@@ -135,6 +140,7 @@ METRICS: dict[str, tuple[set[str], Metric]] = {
     "calibration": ({"classifier"}, lambda e: recognition.calibration(e.answers)),
     "corruptions": ({"classifier"}, _robustness),
     "bpd": ({"likelihood"}, _bits),
+    "elbo": ({"elbo"}, _elbo),
 }
 USUAL = {
     "generator": ("fid", "kid", "prc", "dc", "diversity", "sharpness", "memorisation"),
@@ -142,6 +148,7 @@ USUAL = {
     "autoencoder": ("psnr", "ssim", "rfid"),
     "classifier": ("accuracy", "calibration", "corruptions"),
     "likelihood": (),
+    "elbo": (),
 }
 
 

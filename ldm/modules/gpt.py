@@ -123,7 +123,7 @@ class CausalSelfAttention(nn.Module):
                 seen, mask = mask, None
             k, v = cache.extend(layer, qkv[1:] if rotary is None else torch.stack([k, v]), seen)
         dropout = self.dropout if self.training else 0.0
-        if self.stable:
+        if self.stable and q.dtype == torch.float16:  # the same numbers; other types reach as far as the kernel needs
             y = stable_attention(q, k, v, mask, dropout)
         else:
             causal = mask is None and n > 1

@@ -268,12 +268,14 @@ def test_real_pictures_of_another_size_decide_the_size_of_both(run, tmp_path, mo
 
 
 def test_an_autoencoder(vae, tmp_path, monkeypatch, capsys):
-    argv = ["-r", vae, "--metrics", "psnr", "ssim", "rfid", "bpd", "--split", "test", "--outdir", tmp_path]
+    argv = ["-r", vae, "--metrics", "psnr", "ssim", "rfid", "bpd", "elbo", "--split", "test"]
+    argv += ["--outdir", tmp_path]
     assert call(monkeypatch, *argv) == 0
     result = json.loads(capsys.readouterr().out)
     metrics = result["metrics"]
     assert 0 < metrics["psnr"] < 30 and -1 < metrics["ssim"] < 1 and metrics["rfid"] > 1
     assert metrics["bits_per_dimension"] > 0 and "Bernoulli" in metrics["bits_per_dimension_note"]
+    assert metrics["elbo"] < 0
     assert result["real"]["n"] == 360 and "sampling" not in result
 
 

@@ -393,6 +393,27 @@ def test_bits_are_a_function_of_the_seed_and_the_picture(family):
     assert likelihood.bits_per_dimension(model, x, "cpu", seed=5) == first
 
 
+def test_the_elbo_of_a_vae_whose_terms_are_known():
+    """Every z decodes to a grey whose pixels have variance 1, and the posterior is the same for all pictures."""
+    config = {"encoder_config": MLP_IN, "decoder_config": MLP_OUT, "likelihood": "gaussian", "likelihood_scale": 1.0}
+    model = VAE(size=4, channels=1, latent_dim=2, **config).eval()
+    for network in (model.encoder, model.decoder):
+        for last in [m for m in network.modules() if isinstance(m, torch.nn.Linear)][-1:]:
+            torch.nn.init.zeros_(last.weight)
+            torch.nn.init.zeros_(last.bias)
+    model.encoder.requires_grad_(False)
+    last.requires_grad_(False)
+    [m for m in model.encoder.modules() if isinstance(m, torch.nn.Linear)][-1].bias.copy_(
+        torch.tensor([0.5, -1, 0.2, 0])
+    )
+    kl = 0.5 * (0.5**2 + 1 + math.exp(0.2) - 1.2)
+    x = noise(9, size=4)
+    squares = float((x.float() / 127.5 - 1).square().sum((1, 2, 3)).mean())
+    expected = -0.5 * (squares + 16 * math.log(2 * math.pi)) - kl
+    found = likelihood.elbo(model, pictures(x), "cpu", batch_size=4)
+    assert found["elbo"] == pytest.approx(expected, rel=1e-5) and found["elbo_seed"] == 0
+
+
 class Oracle(DDPM):
     """The perfect denoiser of data that is one constant picture."""
 
