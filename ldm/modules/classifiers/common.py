@@ -75,11 +75,15 @@ def named(name: str, doc: str, build: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
-def init_kaiming(module: nn.Module, linear: bool = False) -> None:
-    """He et al. 2015 for all convolutions (fan out), and for linear layers (fan in) where asked; biases zero."""
+def init_kaiming(module: nn.Module, linear: bool = False, mode: str = "fan_out") -> None:
+    """He et al. 2015 for all convolutions, and for linear layers (fan in) where asked; biases zero.
+
+    Args:
+        mode: fan_out keeps the size of gradients, fan_in that of activations.
+    """
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.kaiming_normal_(m.weight, mode=mode, nonlinearity="relu")
         elif linear and isinstance(m, nn.Linear):
             nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
         else:

@@ -62,7 +62,7 @@ class NIN(ImageNetwork):
         # no ReLU (and no norm) on the logits: where they are all cut at zero, nothing is learned
         del layers[-2 if norm == "bn" else -1 :]
         self.features = nn.Sequential(*layers)
-        init_kaiming(self)
+        init_kaiming(self, mode="fan_in")  # by fan out the first layer alone would shrink them to an eighth
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x.shape)
