@@ -22,6 +22,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("pictures", nargs="+", metavar="PICTURE", help="picture files")
     add("-r", "--run", required=True, metavar="RUN", help="run directory or checkpoint file")
     add("--weights", choices=("ema", "raw"), default=None, help="default: ema where there are")
+    add(
+        "--rerank",
+        type=int,
+        default=1,
+        metavar="N",
+        help="read each picture N times and keep the caption that text and picture are most probable with (default: 1)",
+    )
+    add("--seed", type=int, default=0, help="of the captions that are drawn, with --rerank (default: 0)")
     add("--batch-size", type=int, default=32, help="pictures per network call")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     return parser
@@ -40,7 +48,8 @@ def caption(args: argparse.Namespace) -> None:
     with scope:
         for start in range(0, len(args.pictures), args.batch_size):
             files = args.pictures[start : start + args.batch_size]
-            for file, text in zip(files, model.caption(read_pictures(model, files)), strict=True):
+            texts = model.caption(read_pictures(model, files), rerank=args.rerank, seed=args.seed)
+            for file, text in zip(files, texts, strict=True):
                 print(f"{file}: {text}")
 
 

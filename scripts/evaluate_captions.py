@@ -36,6 +36,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--set", nargs="+", default=[], metavar="KNOB=VALUE", help="knobs of sample(); the only ones of DALL-E, CogView"
     )
     add("--seed", type=int, default=0, help="seed of the first picture")
+    add(
+        "--caption-rerank",
+        type=int,
+        default=1,
+        metavar="N",
+        help="captions that CogView reads from each drawing; the most probable with it is kept (default: 1)",
+    )
     add("--weights", choices=("ema", "raw"), default=None, help="default: ema where there are")
     add("--batch-size", type=int, default=128)
     add("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -129,7 +136,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             everything = OpenMoji(**{**params, "split": "all"})
             result["composition"] = captions.composition(asked, held_out, everything)
         if hasattr(model, "caption"):
-            result["captions"] = captions.captioning(model, data)
+            result["captions"] = captions.captioning(model, data, rerank=args.caption_rerank)
     result["model"] = f"{type(model).__module__}.{type(model).__name__}"
     result["training"] = {"minutes": info["minutes"], **info["origin"]}
     result |= {"run": info["checkpoint"], "sha256": info["sha256"], "weights": weights, "seed": args.seed, **knobs}

@@ -74,16 +74,22 @@ def of_tokens(model: Any) -> bool:
 
 
 @torch.no_grad()
-def captioning(model: Any, data: OpenMoji, batch_size: int = 64) -> dict[str, Any]:
-    """CogView's captions of all drawings.
+def captioning(model: Any, data: OpenMoji, batch_size: int = 64, rerank: int = 1) -> dict[str, Any]:
+    """CogView's captions of all drawings; rerank: of so many for each.
 
     Returns:
         exact: share that is one of the drawing's own captions; wrong: what was said of the others, by their name.
     """
-    said = [t for part in images_of(data).split(batch_size) for t in model.caption(part)]
+    parts = tqdm(images_of(data).split(batch_size), desc="captions", unit="batch", leave=False)
+    said = [t for part in parts for t in model.caption(part, rerank=rerank)]
     pairs = list(zip(said, data.captions, strict=True))
     wrong = {names[0]: text for text, names in pairs if text not in names}
-    return {"exact": sum(text in names for text, names in pairs) / len(pairs), "n": len(pairs), "wrong": wrong}
+    return {
+        "exact": sum(text in names for text, names in pairs) / len(pairs),
+        "n": len(pairs),
+        "rerank": rerank,
+        "wrong": wrong,
+    }
 
 
 def fidelity(model: Any, drawn: Tensor, prompts: Sequence[str], data: OpenMoji) -> dict[str, Any]:

@@ -166,16 +166,37 @@ class CogView(CaptionModel):
     # --- captions -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def caption(self, images: Tensor) -> list[str]:
-        """Pictures [B, C, H, W] in [-1, 1] -> their most probable captions, token by token."""
-        return self.caption_tokens(self.encode_images(images.to(self.device)))
+    def caption(self, images: Tensor, rerank: int = 1, seed: int = 0) -> list[str]:
+        """Pictures [B, C, H, W] in [-1, 1] -> their most probable captions, token by token.
 
-    def caption_tokens(self, z: Tensor) -> list[str]:
-        """Image tokens [B, N] -> captions."""
+        Args:
+            rerank: read each picture so many times, once so and the others drawn at temperature 1, and keep the caption
+                with the largest p(text) p(picture | text), which the network knows from drawing (Bayes' rule): the
+                paper's self-reranking the other way round.
+            seed: of the drawn captions; a picture's caption depends neither on its batch nor on its place in it.
+
+        Raises:
+            UserError: rerank below 1.
+        """
+        if rerank < 1:
+            raise UserError(f"rerank: got {rerank}, expected at least 1")
+        z = self.encode_images(images.to(self.device))
+        said = [self.caption_tokens(z)]
+        for k in range(1, rerank):
+            u = SeededNoise([seed + k]).rand((1, self.text_length), device=self.device)
+            said.append(self.caption_tokens(z, u.expand(len(z), -1)))
+        if rerank <= 1:
+            return said[0]
+        scores = torch.stack([self.joint_likelihood(z, self.text_rows(texts).to(z.device)) for texts in said])
+        return [said[k][i] for i, k in enumerate(scores.argmax(0).tolist())]
+
+    def caption_tokens(self, z: Tensor, u: Tensor | None = None) -> list[str]:
+        """Image tokens [B, N] -> captions: the most probable tokens, or those drawn by uniform numbers u [B, L]."""
         rows = generate(
             self.transformer,
             self.picture_prefix(z),
             self.text_length,
+            u=u,
             last=self.end_token + 1,
             image_start=2,
             end=self.end_token,
@@ -197,6 +218,16 @@ class CogView(CaptionModel):
         logits = self.transformer.logits(features, 0, self.end_token + 1).float()
         nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(rows)
         return -nll.sum(1) / (targets >= 0).sum(1)
+
+    @torch.no_grad()
+    def joint_likelihood(self, z: Tensor, rows: Tensor) -> Tensor:
+        """Image tokens [B, N] and text tokens [B, L] -> log p(text) + log p(picture | text) in nats, [B]."""
+        tokens = torch.cat([self.prefix(rows), z + self.first_code], 1)[:, :-1]
+        features, L = self.transformer.features(tokens), self.text_length
+        text = self.transformer.logits(features[:, :L], 0, self.end_token + 1).float()
+        image = self.transformer.logits(features[:, L + 2 :], self.first_code, self.first_code + self.n_codes).float()
+        parts = (text, self._targets(rows)), (image, z)
+        return -sum(F.cross_entropy(x.mT, y, reduction="none").sum(1) for x, y in parts)
 
     def fit(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """`caption_likelihood`, the paper's self-reranking."""

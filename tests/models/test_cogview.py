@@ -14,6 +14,7 @@ def test_cogview_draws_and_captions_with_one_network():
     model = fit(text_model(CogView), 800)
     pictures = halves()["image"].permute(0, 3, 1, 2)
     assert model.caption(pictures) == halves()["caption"]
+    assert model.caption(pictures, rerank=3) == halves()["caption"]
     cond = model.condition(range(4), prompts=halves()["caption"])
     torch.testing.assert_close(model.sample(cond, seeds=range(4), temperature=0.0), pictures)
     z = model.encode_images(pictures)
@@ -87,6 +88,45 @@ def test_text_likelihood_is_the_chain_rule():
         logp += logits.log_softmax(-1)[0, i].item()
         tokens = torch.cat([tokens, torch.tensor([[i]])], 1)
     assert score == pytest.approx(logp / len(ids), abs=1e-5)
+
+
+def test_the_likelihood_of_text_and_picture_is_the_chain_rule():
+    model = text_model(CogView).eval().double()
+    z, rows = model.image_tokens(halves())[:1], model.text_rows(["bright top"])
+    text = rows[0].tolist()
+    text = text[: text.index(model.end_token) + 1]
+    logp, roi = 0.0, torch.tensor([[model.roi]])
+    # the text after [ROI], then the picture after text, [BASE] and [BOI]
+    for tokens, part, first, last in (
+        (roi, text, 0, 271),
+        (model.prefix(rows), z[0].tolist(), 275, 275 + model.n_codes),
+    ):
+        for token in part:
+            logits = model.transformer.logits(model.transformer.features(tokens)[:, -1], first, last)
+            logp += logits.log_softmax(-1)[0, token].item()
+            tokens = torch.cat([tokens, torch.tensor([[first + token]])], 1)
+    assert model.joint_likelihood(z, rows).item() == pytest.approx(logp, abs=1e-4)
+
+
+def test_of_several_captions_the_one_that_explains_the_picture_is_kept(monkeypatch):
+    model = text_model(CogView).eval()
+    pictures = halves()["image"].permute(0, 3, 1, 2)
+    drawn = []
+
+    def said(z, u=None):
+        drawn.append(u)
+        return [["left", "top", "left", "top"], ["right"] * 4, ["bottom"] * 4][len(drawn) - 1]
+
+    fits = {"left": -2.0, "top": -1.0, "right": -1.5, "bottom": -3.0}
+    names: list[str] = []
+    monkeypatch.setattr(model, "caption_tokens", said)
+    monkeypatch.setattr(model, "text_rows", lambda texts: names.extend(texts) or torch.zeros(len(texts), 1))
+    monkeypatch.setattr(model, "joint_likelihood", lambda z, rows: torch.tensor([fits[n] for n in names[-4:]]))
+    assert model.caption(pictures, rerank=3, seed=5) == ["right", "top", "right", "top"]
+    assert drawn[0] is None and not torch.equal(drawn[1], drawn[2])
+    assert torch.equal(drawn[1][0], drawn[1][3])  # nothing depends on a picture's place
+    with pytest.raises(UserError, match="rerank: got 0, expected at least 1"):
+        model.caption(pictures, rerank=0)
 
 
 # --- larger pictures --------------------------------------------------------------------------------------------------
