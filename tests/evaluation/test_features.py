@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch_fidelity import calculate_metrics, register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
@@ -92,6 +94,24 @@ def test_the_shipped_classifier_tells_drawings_apart():
         blurred = torch.nn.functional.interpolate(blurred, 64, mode="bicubic").clamp(0, 255).byte()
         distances_of_blur.append(fid(network(blurred)[0].numpy(), f.numpy()))
     assert distances_of_blur[0] > 5 and distances_of_blur == sorted(distances_of_blur)
+
+
+def test_the_shipped_classifier_of_cifar10_sees_what_photographs_lose():
+    """The more blur, the further away; and two photographs are further apart than halves of one."""
+    network = features.find_features(None, "ldm.data.vision.CIFAR10")
+    assert network.name == "cifar10" and network.class_names[:3] == ["airplane", "automobile", "bird"]
+    assert (network.size, network.channels, network.num_classes) == (32, 3, 10)
+    photographs = [torch.from_numpy(x.copy()).permute(2, 0, 1)[None] for x in load_sample_images().images]
+    squares = [F.unfold(x.float(), 32, stride=16).mT.reshape(-1, 3, 32, 32).byte() for x in photographs]
+    first, second = (network(x)[0] for x in squares)
+    assert first.shape[1] == 64 and network(squares[0][:2])[1].shape == (2, 10)
+    assert fid(first.numpy(), second.numpy()) > 5 * fid(first[::2].numpy(), first[1::2].numpy())
+    found = []
+    for side in (24, 16, 8):
+        small = F.interpolate(squares[0].float(), side, mode="bicubic", antialias=True)
+        blurred = F.interpolate(small, 32, mode="bicubic").clamp(0, 255).byte()
+        found.append(fid(network(blurred)[0].numpy(), first.numpy()))
+    assert found[0] > 0 and found == sorted(found)
 
 
 def test_features_do_not_depend_on_the_batch_nor_on_training_mode(network):
