@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="read each picture N times and keep the caption that text and picture are most probable with (default: 1)",
+        help="read each picture N times and keep the caption on which captioning and drawing agree best (default: 1)",
     )
     add("--seed", type=int, default=0, help="of the captions that are drawn, with --rerank (default: 0)")
     add("--batch-size", type=int, default=32, help="pictures per network call")

@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="captions that CogView reads from each drawing; the most probable with it is kept (default: 1)",
+        help="captions that CogView reads from each drawing; the best one is kept (default: 1)",
     )
     add("--weights", choices=("ema", "raw"), default=None, help="default: ema where there are")
     add("--batch-size", type=int, default=128)

@@ -171,8 +171,8 @@ class CogView(CaptionModel):
 
         Args:
             rerank: read each picture so many times, once so and the others drawn at temperature 1, and keep the caption
-                with the largest p(text) p(picture | text), which the network knows from drawing (Bayes' rule): the
-                paper's self-reranking the other way round.
+                on which the network's two directions agree best: the product of p(text | picture), as it captions, and
+                p(text) p(picture | text), as it draws (the paper's self-reranking, from both sides).
             seed: of the drawn captions; a picture's caption depends neither on its batch nor on its place in it.
 
         Raises:
@@ -187,7 +187,14 @@ class CogView(CaptionModel):
             said.append(self.caption_tokens(z, u.expand(len(z), -1)))
         if rerank <= 1:
             return said[0]
-        scores = torch.stack([self.joint_likelihood(z, self.text_rows(texts).to(z.device)) for texts in said])
+        rows = [self.text_rows(texts).to(z.device) for texts in said]
+        lengths = [(self._targets(r) >= 0).sum(1) for r in rows]
+        scores = torch.stack(
+            [
+                self.joint_likelihood(z, r) + n * self.caption_likelihood(z, r)
+                for r, n in zip(rows, lengths, strict=True)
+            ]
+        )
         return [said[k][i] for i, k in enumerate(scores.argmax(0).tolist())]
 
     def caption_tokens(self, z: Tensor, u: Tensor | None = None) -> list[str]:

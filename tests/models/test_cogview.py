@@ -117,12 +117,26 @@ def test_of_several_captions_the_one_that_explains_the_picture_is_kept(monkeypat
         drawn.append(u)
         return [["left", "top", "left", "top"], ["right"] * 4, ["bottom"] * 4][len(drawn) - 1]
 
-    fits = {"left": -2.0, "top": -1.0, "right": -1.5, "bottom": -3.0}
-    names: list[str] = []
+    # log p(text, picture) and log p(text | picture); the texts have one token and the end
+    fits = {"left": (-2.0, -0.5), "top": (-1.0, -1.1), "right": (-1.8, -0.55), "bottom": (-3.0, -0.3)}
     monkeypatch.setattr(model, "caption_tokens", said)
-    monkeypatch.setattr(model, "text_rows", lambda texts: names.extend(texts) or torch.zeros(len(texts), 1))
-    monkeypatch.setattr(model, "joint_likelihood", lambda z, rows: torch.tensor([fits[n] for n in names[-4:]]))
-    assert model.caption(pictures, rerank=3, seed=5) == ["right", "top", "right", "top"]
+    end = model.end_token
+    words = list(fits)
+
+    def likelihood(which):
+        return lambda z, rows: torch.tensor([fits[words[i]][which] for i in rows[:, 0].tolist()])
+
+    def rows(texts):
+        return torch.tensor([[words.index(t), end, end] for t in texts])
+
+    monkeypatch.setattr(model, "text_rows", rows)
+    monkeypatch.setattr(model, "joint_likelihood", likelihood(0))
+    monkeypatch.setattr(model, "caption_likelihood", likelihood(1))
+    # left -2 - 2 * 0.5 = -3, top -1 - 2 * 1.1 = -3.2, right -1.8 - 2 * 0.55 = -2.9, bottom -3.6
+    assert model.caption(pictures, rerank=3, seed=5) == ["right"] * 4
+    fits["right"] = (-1.8, -0.65)  # -3.1
+    drawn.clear()
+    assert model.caption(pictures, rerank=3, seed=5) == ["left", "right", "left", "right"]
     assert drawn[0] is None and not torch.equal(drawn[1], drawn[2])
     assert torch.equal(drawn[1][0], drawn[1][3])  # nothing depends on a picture's place
     with pytest.raises(UserError, match="rerank: got 0, expected at least 1"):
