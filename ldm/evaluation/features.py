@@ -31,6 +31,7 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 INCEPTION_SHA = "6726825d"  # the published file's name ends in the first digits of its SHA-256
 RESIZE = "bicubic, antialiased"
+CPU_PIXELS = 2**16  # of a batch: what the layers of more of them write does not stay in a processor's cache
 
 
 class FeatureNetwork:
@@ -114,9 +115,12 @@ class ClassifierFeatures(FeatureNetwork):
                 self._network = folded(self.model.model, x[:2])
             self._network.get_submodule(self.last).register_forward_pre_hook(lambda _, seen: self._seen.append(seen[0]))
         self._network.eval()  # batch statistics would make a picture's features depend on its batch
+        at_once = max(1, CPU_PIXELS // x.shape[2:].numel()) if x.device.type == "cpu" else len(x)
         self._seen.clear()
-        logits = self._network(x)
-        return self._seen.pop().flatten(1).float().cpu(), logits.float().cpu()
+        logits = torch.cat([self._network(part) for part in x.split(at_once)])
+        features = torch.cat(self._seen)
+        self._seen.clear()
+        return features.flatten(1).float().cpu(), logits.float().cpu()
 
 
 def fitted(pictures: Tensor, size: Any, channels: int | None, whole: bool = True) -> Tensor:

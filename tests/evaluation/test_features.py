@@ -136,6 +136,18 @@ def test_features_do_not_depend_on_the_batch_nor_on_training_mode(network):
     network.model.load_state_dict(restored.model.state_dict())
 
 
+def test_parts_of_a_batch_give_what_the_batch_gives(network, monkeypatch):
+    x = digits(50)
+    whole, logits = network(x)
+    monkeypatch.setattr(features, "CPU_PIXELS", 16 * 16 * 12)
+    calls, forward = [], network._network.forward
+    monkeypatch.setattr(network._network, "forward", lambda part: calls.append(len(part)) or forward(part))
+    parts, part_logits = network(x)
+    assert calls == [12, 12, 12, 12, 2]
+    assert torch.allclose(parts, whole, atol=1e-5) and torch.allclose(part_logits, logits, atol=1e-5)
+    assert not network._seen  # nothing of a batch is kept
+
+
 def test_balance_needs_a_reader_of_the_data_s_classes(network):
     e = SimpleNamespace(network=network, shares=np.full(3, 1 / 3), logits=np.zeros((5, 10)))
     assert not metrics._knows_classes(e)
