@@ -25,16 +25,22 @@ OF_GPUS = ("fsdp", "deepspeed")  # strategies that a machine without GPUs refuse
 
 
 class _Clock(Callback):
+    """Seconds of each step, which several batches make where they are accumulated or a critic plays more often."""
+
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self._start: float | None = None
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self._start = time.perf_counter()
+        if self._start is None:
+            self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-        self.seconds.append(time.perf_counter() - self._start)
+        if trainer.global_step > len(self.seconds):
+            self.seconds.append(time.perf_counter() - self._start)
+            self._start = None
 
 
 def dry_run(run: Run) -> None:

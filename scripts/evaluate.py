@@ -35,7 +35,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("-r", "--run", required=True, metavar="RUN", help="run directory, checkpoint, or a folder of pictures")
     add("--metrics", nargs="+", default=[], metavar="NAME", help="what to measure (default: what the run's family has)")
-    add("--real", default=None, metavar="PLACE", help="config, run or folder of the real pictures (default: the run's)")
+    add(
+        "--real",
+        default=None,
+        metavar="PLACE",
+        help="config, run, folder or zip of the real pictures (default: the run's)",
+    )
     add("--split", default=None, help="of the real pictures: train, validation or test")
     add("-n", "--n_samples", type=int, default=1000, help="drawn pictures (default: 1000)")
     add("--features", default=None, metavar="NAME", help="digits, inception-v3-compat, ..., or a classifier run")

@@ -92,6 +92,8 @@ class Evaluation:
 
             config = OmegaConf.to_container(load_yaml(place), resolve=True)
         elif place is not None:
+            if Path(place).suffix.lower() == ".zip":  # of pictures: a checkpoint, which is a zip too, is a .ckpt
+                return of_folder(place, *self._shape())
             try:
                 run, file = find_run(place)
             except UserError:

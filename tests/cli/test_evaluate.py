@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import signal
 import time
 
@@ -253,6 +254,10 @@ def test_a_folder_against_itself_is_at_distance_zero(run, tmp_path, monkeypatch,
     assert call(monkeypatch, *argv) == 0
     metrics = json.loads(capsys.readouterr().out)["metrics"]
     assert abs(metrics["fid"]) < 1e-3 and metrics["precision"] == metrics["recall"] == 1
+    packed = shutil.make_archive(str(tmp_path / "pictures"), "zip", folder)  # read in place, and no checkpoint
+    argv[3] = packed
+    assert call(monkeypatch, *argv) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"] == metrics
 
 
 def test_real_pictures_of_another_size_decide_the_size_of_both(run, tmp_path, monkeypatch, capsys):

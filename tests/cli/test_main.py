@@ -79,6 +79,25 @@ def test_dry_run_says_the_size_and_writes_nothing(tmp_path, capfd, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("argv", "batches"),
+    [
+        (["-b", config(DIGITS), "--accumulate_grad_batches", 4], 4),
+        (["-b", config("configs/gan/wgan_gp_digits.yaml"), "model.params.disc_steps=5"], 5),  # of the critic
+    ],
+)
+def test_a_dry_run_times_whole_steps(argv, batches, capfd, monkeypatch):
+    """By a clock that goes on one second with every batch."""
+    from ldm import dry_run
+
+    seen = []
+    monkeypatch.setattr(dry_run.time, "perf_counter", lambda: float(len(seen)))
+    after = dry_run._Clock.on_train_batch_end
+    monkeypatch.setattr(dry_run._Clock, "on_train_batch_end", lambda *args: seen.append(0) or after(*args))
+    assert run_main("-t", *argv, "--dry-run", *QUICK) == 0
+    assert f"; {batches * 1000} ms a step" in capfd.readouterr().out and len(seen) == 3 * batches
+
+
 def test_base_learning_rate_is_scaled_and_shown_once(tmp_path, capfd):
     argv = ["model.learning_rate=null", "model.base_learning_rate=1e-4", "--accumulate_grad_batches", "2"]
     assert train(tmp_path, *argv) == 0

@@ -161,9 +161,10 @@ def test_a_browser_shows_every_picture(index, tmp_path):
     assert (pixels[:1500] < 128).mean() > 0.02  # text and pictures, no empty page
 
 
-def test_a_browser_shows_the_page_of_the_repository(tmp_path):
+@pytest.mark.parametrize("page", ["index.html", "cifar10.html"])
+def test_a_browser_shows_the_page_of_the_repository(page, tmp_path):
     """docs/report: whole, with a row and a wall for every run, and small enough for a repository."""
-    committed = ROOT / "docs/report/index.html"
+    committed = ROOT / "docs/report" / page
     copy = tmp_path / "index.html"
     copy.write_text(committed.read_text(encoding="utf-8"), encoding="utf-8")
     (pictures, broken, rows, wide), pixels = seen(copy, tmp_path)
