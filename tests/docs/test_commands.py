@@ -35,6 +35,7 @@ RUNS = {
     "latent_run": "configs/latent-diffusion/digits_class.yaml",
     "folder_run": "configs/autoencoder/kl_folder.yaml",
     "gan_run": "configs/gan/dcgan_digits.yaml",
+    "drawings_run": "configs/gan/stylegan2_openmoji_drawings.yaml",
     "stylegan_run": "configs/gan/stylegan2_digits.yaml",
     "gpt_run": "configs/autoregressive/digits_gpt.yaml",
     "vq_run": "configs/autoregressive/openmoji_vqgan.yaml",
