@@ -318,7 +318,7 @@ def test_average_of_the_weights():
 
 
 def test_dalle_draws_what_it_was_told():
-    model = fit(text_model(DALLE), 300)
+    model = fit(fit(text_model(DALLE), 300), 100, lr=3e-4)  # at one rate the end depends on the number of threads
     cond = model.condition(range(4), prompts=halves()["caption"])
     drawn = model.sample(cond, seeds=range(4), temperature=0.0)
     torch.testing.assert_close(drawn, halves()["image"].permute(0, 3, 1, 2))
