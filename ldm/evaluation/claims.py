@@ -84,7 +84,8 @@ def gan_has_quality(rows: Sequence[Row]) -> Found:
 def gan_is_fast(rows: Sequence[Row]) -> Found:
     other, gans = best(of(rows, "diffusion", "latent diffusion")), of(rows, "GAN")
     times = [other["seconds_per_picture"] / r["seconds_per_picture"] for r in gans]
-    said = ", ".join(f"{t:.3g} times as long as one of {r['name']}" for t, r in zip(times, gans, strict=True))
+    factors = [format(t, ".3g" if t < 100 else ",.0f") for t in times]
+    said = ", ".join(f"{f} times as long as one of {r['name']}" for f, r in zip(factors, gans, strict=True))
     return [t > 1 for t in times], f"A picture of {other['name']} takes {said}."
 
 
