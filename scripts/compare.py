@@ -291,7 +291,8 @@ def texts(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, str
         "introduction": f"{origins(rows)} {args.n_samples:,} pictures drawn from each are compared with "
         f"{real['n']:,} real ones ({data}, {height}x{width}; resized: {real['resize']}).",
         "features": f"Features: {features['name']} ({features['layer']}, {features['sha256'][:8]}).",
-        "footer": f"Made by: {command}. Commit {commit()}, torch {first['versions']['torch']}, {first['device']}.",
+        "footer": f"Made by: {command}. Commit {commit()}, torch {first['versions']['torch']}, "
+        f"{first['device']}, threads: {first['threads']}.",
     }
 
 

@@ -92,12 +92,10 @@ class Evaluation:
 
             config = OmegaConf.to_container(load_yaml(place), resolve=True)
         elif place is not None:
-            if Path(place).suffix.lower() == ".zip":  # of pictures: a checkpoint, which is a zip too, is a .ckpt
+            found = _run_in(place)
+            if found is None:
                 return of_folder(place, *self._shape())
-            try:
-                run, file = find_run(place)
-            except UserError:
-                return of_folder(place, *self._shape())
+            run, file = found
             config = generate.run_config(run, read(file))
         return of_config(config, self._split(config), key)
 
@@ -247,6 +245,16 @@ class Evaluation:
     def weights_used(self) -> str:
         """ema or raw."""
         return generate.weights_scope(self.model, self.request.weights)[1]
+
+
+def _run_in(place: str) -> tuple[Path, Path] | None:
+    """Run directory and checkpoint; None for a folder or zip of pictures (checkpoints are zips, but called .ckpt)."""
+    if Path(place).suffix.lower() == ".zip":
+        return None
+    try:
+        return find_run(place)
+    except UserError:
+        return None
 
 
 def kinds_of(model: Any) -> set[str]:

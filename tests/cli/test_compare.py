@@ -172,10 +172,14 @@ def test_the_page_says_what_was_trained_what_was_taken_and_how():
     assert "made (half of the time for its first stage, stage)" in two
     assert "seconds" not in compare.origins(rows[1:]) and "Taken" not in compare.origins(rows[:1])
     features = {"name": "digits", "layer": "fc", "sha256": "0" * 64}
-    rows[0] |= {"features": features, "result": {"real": REAL, "versions": {"torch": "2"}, "device": "cpu"}}
+    rows[0] |= {
+        "features": features,
+        "result": {"real": REAL, "versions": {"torch": "2"}, "device": "cpu", "threads": 3},
+    }
     flags = ["--real", f"{ROOT}/configs/a.yaml", "--features", "digits", "--seed", "4"]
     texts = compare.texts(compare.build_parser().parse_args(["x.yaml", *flags]), rows)
     assert "--seed 4 --real configs/a.yaml --features digits" in texts["footer"]
+    assert "torch 2, cpu, threads: 3." in texts["footer"]
 
 
 def test_a_failed_training_is_told_with_its_last_line(tmp_path, monkeypatch, capsys):
