@@ -70,6 +70,7 @@ def dry_run(run: Run) -> None:
     model.cache_latents = None  # a dry run writes nothing
     full = make_trainer({**params, "logger": False, "enable_checkpointing": False, "barebones": False})
     training.set_learning_rate(run, model, config, full)
+    training.judge_precision(full)
     clock = _Clock()
     params.update(max_steps=STEPS, max_epochs=-1, limit_val_batches=0, logger=False, enable_checkpointing=False)
     params.update(enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm.processor import Float32, multiplies_bfloat16
 from ldm.util import instantiate_from_config
 
 ROLE = "hidden"  # key of a parameter group: true for weights between the first and the last layer
@@ -67,8 +69,11 @@ class HiddenAndRest(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self.parts:
-            part.step()
+        # Muon's products are in bfloat16, which can take longer than the rest of the step
+        slow = self.param_groups[0]["params"][0].device.type == "cpu" and not multiplies_bfloat16()
+        with Float32() if slow else nullcontext():
+            for part in self.parts:
+                part.step()
         return loss
 
 
