@@ -1,33 +1,12 @@
-"""What a CPU does badly unless told otherwise: memory of freed tensors, and products in bfloat16."""
+"""Products in bfloat16 on processors that are slow at them."""
 
 from __future__ import annotations
 
-import ctypes
-import os
 import platform
-import sys
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-LARGEST = 2**30, 2**25  # bytes: above it, malloc asks the system for each tensor; older glibc refuses more than 32 MiB
-
-
-def keep_memory() -> bool:
-    """Freed tensors stay with the program, in pages of 2 MiB, instead of being fetched anew from the system each step.
-
-    A step of a small network on Linux takes a tenth to a quarter less. Returns whether the C library could be told;
-    settings of the environment (`MALLOC_...`, `THP_MEM_ALLOC_ENABLE`) win.
-    """
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
-        return False
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first large tensor
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in musl
-    if mallopt is None or not mallopt(M_TRIM_THRESHOLD, -1):
-        return False
-    return any(mallopt(M_MMAP_THRESHOLD, size) for size in LARGEST)
 
 
 def multiplies_bfloat16() -> bool:

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from ldm import checkpoint, legacy
 from ldm.config import Merged, fill_auto, resolve
-from ldm.processor import keep_memory, multiplies_bfloat16
+from ldm.processor import multiplies_bfloat16
 from ldm.util import ConfigError, UserError, instantiate_from_config, suggest, trust
 
 RUN_VARIABLE = "LDM_RUN_DIRECTORY"  # tells the processes that Lightning starts for DDP where the first one writes
@@ -50,8 +50,6 @@ def start(args: argparse.Namespace, extra: list[str]) -> None:
     """Reads the config, then prints, tries or trains it."""
     trust(args.trust)
     quieten()
-    if not torch.accelerator.is_available():
-        keep_memory()
     run = prepare(args, extra)
     if args.print_config:
         sys.stdout.write(run.merged.to_yaml_with_sources() + "\n")

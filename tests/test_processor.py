@@ -1,44 +1,12 @@
-"""ldm.processor: memory that is kept, and Muon where bfloat16 is slow."""
+"""ldm.processor: which processors are slow at bfloat16, and Muon on them."""
 
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ldm import processor
+from ldm import processor, training
 from ldm.optim import HiddenAndRest
-
-FAULTS = """
-import resource, sys, torch
-from ldm.processor import keep_memory
-torch.set_num_threads(1)
-if sys.argv[1] == "kept":
-    assert keep_memory()
-def step():
-    torch.ones(1 << 24)  # 64 MiB, freed at once: more than malloc keeps by itself
-for _ in range(8):
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-def faults(mode, **environment):
-    command = [sys.executable, "-c", FAULTS, mode]
-    return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux")
-def test_freed_memory_is_not_fetched_anew():
-    assert faults("default") > 10 * faults("kept")
-
-
-def test_settings_of_the_environment_win(monkeypatch):
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
-    assert processor.keep_memory() is False
 
 
 def test_no_bfloat16_within():
@@ -81,3 +49,21 @@ def test_muon_in_float32_is_muon(monkeypatch, target):
 
     slow, fast = moved(False), moved(True)
     assert 0 < (slow - fast).abs().max() < 0.05 * slow.abs().max()
+
+
+@pytest.mark.parametrize(
+    "device, precision, fast, said",
+    [
+        ("cpu", "bf16-mixed", False, True),
+        ("cpu", "bf16-mixed", True, False),
+        ("cpu", "32-true", False, False),
+        ("cuda", "bf16-mixed", False, False),
+    ],
+)
+def test_a_slow_precision_is_named(monkeypatch, device, precision, fast, said):
+    lines = []
+    monkeypatch.setattr(training, "multiplies_bfloat16", lambda: fast)
+    monkeypatch.setattr(training, "rank_zero_info", lines.append)
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    training.judge_precision(SimpleNamespace(strategy=strategy, precision=precision))
+    assert ["--precision 32-true" in line for line in lines] == [True] * said
