@@ -9,7 +9,6 @@ library's size (18.07 M against 17.88 M parameters, 3.06 against 3.04 GFLOP for 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.timing import compare, report  # noqa: E402
+from benchmarks.timing import compare, report, rounds_asked  # noqa: E402
 
 WIDTHS, BATCH, SIZE = (1, 2, 4, 4), 16, 32
 
@@ -105,12 +104,7 @@ def lucidrains() -> Callable[[], None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    rounds = rounds_asked(__doc__)
     pairs = (
         {"ldm, 2 blocks": ours(2), "diffusers": diffusers()},
         {"ldm, 1 block": ours(1), "denoising-diffusion-pytorch": lucidrains()},
@@ -118,7 +112,7 @@ def main() -> None:
     for sides in pairs:
         for name, side in sides.items():
             print(f"{name}: {side.parameters / 1e6:.2f} M parameters")
-        report("DDPM training step, 32x32, batch 16", compare(sides, args.rounds), next(iter(sides)))
+        report("DDPM training step, 32x32, batch 16", compare(sides, rounds), next(iter(sides)))
 
 
 if __name__ == "__main__":

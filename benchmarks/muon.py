@@ -5,7 +5,6 @@ python benchmarks/muon.py               (32x32, batch 128, fp32, torch.optim.Muo
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,23 +13,22 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.timing import compare, report  # noqa: E402
+from benchmarks.timing import compare, report, rounds_asked  # noqa: E402
 from ldm import optim  # noqa: E402
 from ldm.models.param_groups import groups  # noqa: E402
 from ldm.modules.classifiers.vit import vit_ti_16  # noqa: E402
 
 
-def step_of(bfloat16: bool | None) -> Callable[[], None]:
-    """bfloat16: whether the processor is said to be fast at it; None: what it says of itself."""
+def step_of(multiplies_bfloat16: Callable[[], bool]) -> Callable[[], None]:
+    """A step on a processor that this is said of."""
     net = vit_ti_16(num_classes=10, stem="small", image_size=32, width=0.67, depth=6)
     parts = {"target": "torch.optim.Muon"}, {"target": "torch.optim.AdamW"}
     optimizer = optim.HiddenAndRest(groups(net, net.parameters(), 0.02, num_classes=10), 0.02, *parts)
     x, y = torch.rand(128, 3, 32, 32) * 2 - 1, torch.randint(10, (128,))
-    asked = optim.multiplies_bfloat16
 
     def step() -> None:
         nn.functional.cross_entropy(net(x), y).backward()
-        optim.multiplies_bfloat16 = asked if bfloat16 is None else lambda: bfloat16
+        optim.multiplies_bfloat16 = multiplies_bfloat16
         optimizer.step()
         optimizer.zero_grad()
 
@@ -38,14 +36,9 @@ def step_of(bfloat16: bool | None) -> Callable[[], None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    sides = {"ldm": step_of(None), "bfloat16": step_of(True)}
-    report("training step of the slim ViT, 32x32, batch 128", compare(sides, args.rounds), "ldm")
+    rounds = rounds_asked(__doc__)
+    sides = {"ldm": step_of(optim.multiplies_bfloat16), "bfloat16": step_of(lambda: True)}
+    report("training step of the slim ViT, 32x32, batch 128", compare(sides, rounds), "ldm")
 
 
 if __name__ == "__main__":

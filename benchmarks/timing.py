@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import statistics
@@ -11,6 +12,17 @@ import time
 from collections.abc import Callable
 
 import torch
+
+
+def rounds_asked(doc: str | None) -> int:
+    """`--rounds` of a benchmark whose only other flag is `--threads`; sets threads and seed."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    return args.rounds
 
 
 def compare(sides: dict[str, Callable[[], float | None]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
