@@ -14,21 +14,22 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import compare, report, rounds_asked  # noqa: E402
-from ldm import optim  # noqa: E402
 from ldm.models.param_groups import groups  # noqa: E402
 from ldm.modules.classifiers.vit import vit_ti_16  # noqa: E402
+from ldm.optim import HiddenAndRest, muon_for_this_processor  # noqa: E402
 
 
-def step_of(multiplies_bfloat16: Callable[[], bool]) -> Callable[[], None]:
-    """A step on a processor that this is said of."""
+def step_of(bfloat16: bool) -> Callable[[], None]:
+    """bfloat16: Muon as it is, whatever the processor."""
     net = vit_ti_16(num_classes=10, stem="small", image_size=32, width=0.67, depth=6)
     parts = {"target": "torch.optim.Muon"}, {"target": "torch.optim.AdamW"}
-    optimizer = optim.HiddenAndRest(groups(net, net.parameters(), 0.02, num_classes=10), 0.02, *parts)
+    optimizer = HiddenAndRest(groups(net, net.parameters(), 0.02, num_classes=10), 0.02, *parts)
+    if not bfloat16:
+        muon_for_this_processor(optimizer)
     x, y = torch.rand(128, 3, 32, 32) * 2 - 1, torch.randint(10, (128,))
 
     def step() -> None:
         nn.functional.cross_entropy(net(x), y).backward()
-        optim.multiplies_bfloat16 = multiplies_bfloat16
         optimizer.step()
         optimizer.zero_grad()
 
@@ -37,7 +38,7 @@ def step_of(multiplies_bfloat16: Callable[[], bool]) -> Callable[[], None]:
 
 def main() -> None:
     rounds = rounds_asked(__doc__)
-    sides = {"ldm": step_of(optim.multiplies_bfloat16), "bfloat16": step_of(lambda: True)}
+    sides = {"ldm": step_of(False), "bfloat16": step_of(True)}
     report("training step of the slim ViT, 32x32, batch 128", compare(sides, rounds), "ldm")
 
 

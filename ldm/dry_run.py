@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ldm.callbacks import peak_memory_mib
-from ldm.trainer import make_trainer
+from ldm.trainer import make_trainer, trainer_params
 from ldm.util import UserError, instantiate_from_config
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def dry_run(run: Run) -> None:
     pl.seed_everything(run.args.seed, workers=True, verbose=False)
     run.args.train = True
     data, _ = training.build_data(run)
-    params = dict(resolve(run.merged, run.merged.config.lightning, "lightning").get("trainer") or {})
+    params = trainer_params(run.merged, resolve(run.merged, run.merged.config.lightning, "lightning"))
     network = without_memory(training.model_config(run, data))
     there = memory_available()
     if network is not None and there is not None and (needed := memory_needed(network)) > there:
@@ -70,7 +70,6 @@ def dry_run(run: Run) -> None:
     model.cache_latents = None  # a dry run writes nothing
     full = make_trainer({**params, "logger": False, "enable_checkpointing": False, "barebones": False})
     training.set_learning_rate(run, model, config, full)
-    training.judge_precision(full)
     clock = _Clock()
     params.update(max_steps=STEPS, max_epochs=-1, limit_val_batches=0, logger=False, enable_checkpointing=False)
     params.update(enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -69,14 +68,38 @@ class HiddenAndRest(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Muon's products are in bfloat16, which can take longer than the rest of the step
-        slow = self.param_groups[0]["params"][0].device.type == "cpu" and not multiplies_bfloat16()
-        with Float32() if slow else nullcontext():
-            for part in self.parts:
-                part.step()
+        for part in self.parts:
+            part.step()
         return loss
 
 
 def _rate(config: Mapping[str, Any], lr: float) -> dict[str, float]:
     """The learning rate, unless the config names one."""
     return {} if "lr" in (config.get("params") or {}) else {"lr": lr}
+
+
+class _InFloat32:
+    """An optimiser's step whose products are in float32 wherever it asks for bfloat16; the closure's are its own."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with Float32():
+            super().step()
+        return loss
+
+
+def muon_for_this_processor(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Muon orthogonalises in bfloat16; in float32 on a CPU where that would take longer than the rest of the step.
+
+    Args:
+        optimizer: any; changed in place if it is Muon, or has it as a part, and its parameters are on a slow CPU.
+    """
+    for part in getattr(optimizer, "parts", [optimizer]):
+        on_cpu = part.param_groups[0]["params"][0].device.type == "cpu"
+        if "Muon" in type(part).__name__ and on_cpu and not multiplies_bfloat16():
+            part.__class__ = type(type(part).__name__, (_InFloat32, type(part)), {})
+    return optimizer

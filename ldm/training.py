@@ -23,7 +23,6 @@ from omegaconf import OmegaConf
 
 from ldm import checkpoint, legacy
 from ldm.config import Merged, fill_auto, resolve
-from ldm.processor import multiplies_bfloat16
 from ldm.util import ConfigError, UserError, instantiate_from_config, suggest, trust
 
 RUN_VARIABLE = "LDM_RUN_DIRECTORY"  # tells the processes that Lightning starts for DDP where the first one writes
@@ -323,15 +322,6 @@ def set_learning_rate(run: Run, model: pl.LightningModule, config: dict[str, Any
         rank_zero_info(f"learning rate {model.learning_rate:.2e} (model.base_learning_rate, --scale_lr false)")
 
 
-def judge_precision(trainer: pl.Trainer) -> None:
-    """Says so where the processor makes bfloat16 slower instead of faster."""
-    if trainer.strategy.root_device.type == "cpu" and "bf16" in str(trainer.precision) and not multiplies_bfloat16():
-        rank_zero_info(
-            f"precision {trainer.precision} is several times as slow as 32-true on this processor, which has no "
-            "AVX-512: give --precision 32-true"
-        )
-
-
 def yaml_of(node: dict[str, Any]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(node))
 
@@ -347,7 +337,6 @@ def train(run: Run) -> tuple[dict[str, float], dict[str, Any]]:
     project = yaml_of({"model": model_config, "data": data_config})
     trainer = build_trainer(run, model, data, project)
     set_learning_rate(run, model, model_config, trainer)
-    judge_precision(trainer)
     if run.args.init_from:
         state = checkpoint.read_state(run.args.init_from)
         rank_zero_info(

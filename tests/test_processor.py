@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ldm import processor, training
-from ldm.optim import HiddenAndRest
+from ldm import processor, trainer
+from ldm.models.base import BaseModel
 
 
 def test_no_bfloat16_within():
@@ -35,35 +35,64 @@ def test_processors(monkeypatch, machine, capability, fast):
 
 
 @pytest.mark.parametrize("target", ["torch.optim.Muon", "timm.optim.Muon"])
-def test_muon_in_float32_is_muon(monkeypatch, target):
+@pytest.mark.parametrize("part", [False, True])
+def test_muon_in_float32_is_muon(monkeypatch, target, part):
     def moved(fast):
         monkeypatch.setattr("ldm.optim.multiplies_bfloat16", lambda: fast)
         torch.manual_seed(0)
-        weight = torch.nn.Parameter(torch.randn(24, 48))
-        weight.grad = torch.randn(24, 48)
-        gradient, before = weight.grad.clone(), weight.detach().clone()
-        part = {"target": target, "params": {"weight_decay": 0.0}}
-        HiddenAndRest([{"params": [weight], "hidden": True}], 0.1, part, part).step()
-        assert torch.equal(weight.grad, gradient)
+        weight, x = torch.nn.Parameter(torch.randn(24, 48)), torch.randn(24, 48)
+        seen = []
+
+        def closure():
+            loss = (weight * x).sum()
+            seen.append(loss.bfloat16().dtype)  # the model's own casts stay
+            loss.backward()
+            return loss
+
+        before = weight.detach().clone()
+        config = {"target": target, "params": {"weight_decay": 0.0}}
+        model = BaseModel(optimizer_config=hidden_and_rest(config) if part else config)
+        model.learning_rate = 0.1
+        optimizer = model.build_optimizer([{"params": [weight], "hidden": True}])
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        assert optimizer.step(closure) == (before * x).sum()
+        scheduler.step()
+        assert seen == [torch.bfloat16] and torch.equal(weight.grad, x)
+        optimizer.load_state_dict(optimizer.state_dict())
         return weight.detach() - before
 
     slow, fast = moved(False), moved(True)
     assert 0 < (slow - fast).abs().max() < 0.05 * slow.abs().max()
 
 
+def hidden_and_rest(config):
+    return {"target": "ldm.optim.HiddenAndRest", "params": {"hidden": config, "rest": config}}
+
+
 @pytest.mark.parametrize(
-    "device, precision, fast, said",
+    "params, source, fast, used, said",
     [
-        ("cpu", "bf16-mixed", False, True),
-        ("cpu", "bf16-mixed", True, False),
-        ("cpu", "32-true", False, False),
-        ("cuda", "bf16-mixed", False, False),
+        ({"precision": "bf16-mixed"}, "a.yaml", False, "32-true", "instead of bf16-mixed (a.yaml)"),
+        ({"precision": "bf16-mixed", "accelerator": "cpu"}, "a.yaml", False, "32-true", "instead of bf16-mixed"),
+        ({"precision": "bf16-mixed"}, "the command line", False, "bf16-mixed", "leave out --precision"),
+        ({"precision": "bf16-mixed"}, "a.yaml", True, "bf16-mixed", None),
+        ({"precision": "bf16-mixed", "accelerator": "gpu"}, "a.yaml", False, "bf16-mixed", None),
+        ({"precision": "16-mixed"}, "a.yaml", False, "16-mixed", None),
+        ({}, "a.yaml", False, None, None),
     ],
 )
-def test_a_slow_precision_is_named(monkeypatch, device, precision, fast, said):
+def test_a_precision_that_is_slow_here(monkeypatch, params, source, fast, used, said):
     lines = []
-    monkeypatch.setattr(training, "multiplies_bfloat16", lambda: fast)
-    monkeypatch.setattr(training, "rank_zero_info", lines.append)
-    strategy = SimpleNamespace(root_device=torch.device(device))
-    training.judge_precision(SimpleNamespace(strategy=strategy, precision=precision))
-    assert ["--precision 32-true" in line for line in lines] == [True] * said
+    monkeypatch.setattr(trainer, "multiplies_bfloat16", lambda: fast)
+    monkeypatch.setattr(trainer, "rank_zero_info", lines.append)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    merged = SimpleNamespace(where=lambda key: source)
+    assert trainer.trainer_params(merged, {"trainer": params}).get("precision") == used
+    assert [said in line for line in lines] == ([] if said is None else [True])
+
+
+def test_a_gpu_keeps_it(monkeypatch):
+    monkeypatch.setattr(trainer, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    params = {"precision": "bf16-mixed"}
+    assert trainer.trainer_params(SimpleNamespace(where=lambda key: "a.yaml"), {"trainer": params}) == params

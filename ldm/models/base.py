@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.models.framework import Module, rank_zero_info
 from ldm.modules.ema import LitEma
+from ldm.optim import muon_for_this_processor
 from ldm.util import UserError, accepted_params, get_obj_from_str, instantiate_from_config
 
 Config = dict[str, Any]
@@ -174,7 +175,7 @@ class BaseModel(Module):
         config = self.optimizer_config or {"target": "torch.optim.AdamW"}
         if "fallback_lr_scale" in (accepted_params(get_obj_from_str(config["target"])) or {}):
             params = self._tables_apart(params)
-        return instantiate_from_config(config, params=params, lr=self.learning_rate)
+        return muon_for_this_processor(instantiate_from_config(config, params=params, lr=self.learning_rate))
 
     def _tables_apart(self, params: Any) -> Any:
         """For Muon of timm, which orthogonalises matrices: the rows of an embedding are none, AdamW has them."""
