@@ -55,7 +55,7 @@ def dry_run(run: Run) -> None:
     pl.seed_everything(run.args.seed, workers=True, verbose=False)
     run.args.train = True
     data, _ = training.build_data(run)
-    params = trainer_params(run.merged, resolve(run.merged, run.merged.config.lightning, "lightning"))
+    params = trainer_params(run, resolve(run.merged, run.merged.config.lightning, "lightning"))
     network = without_memory(training.model_config(run, data))
     there = memory_available()
     if network is not None and there is not None and (needed := memory_needed(network)) > there:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import OmegaConf
 
 from ldm import callbacks
-from ldm.config import COMMAND_LINE, Merged, resolve
+from ldm.config import COMMAND_LINE, resolve
 from ldm.loggers import MetricsCSV
 from ldm.origin import Origin
 from ldm.processor import multiplies_bfloat16
@@ -48,7 +48,8 @@ def build_trainer(run: Run, model: pl.LightningModule, data: pl.LightningDataMod
         project: YAML text of the merged config without `lightning`, kept in the run directory and the checkpoints.
     """
     config = resolve(run.merged, run.merged.config.lightning, "lightning")
-    params = trainer_params(run.merged, config)
+    params = trainer_params(run, config)
+    config = {**config, "trainer": params}  # a run that goes on elsewhere keeps its precision
     for key in ("logger", "callbacks", "plugins"):
         if isinstance(params.get(key), (dict, list)):
             raise UserError(f"lightning.trainer.{key}: give lightning.{key} instead")
@@ -71,17 +72,20 @@ def build_trainer(run: Run, model: pl.LightningModule, data: pl.LightningDataMod
     )
 
 
-def trainer_params(merged: Merged, config: Config) -> Config:
-    """The config's `trainer`; on a processor that is slow at bfloat16, what a file asks of it is done in float32."""
+def trainer_params(run: Run, config: Config) -> Config:
+    """The config's `trainer`; on a processor that is slow at bfloat16, what a file asks of it is done in float32.
+
+    A flag is obeyed, and a run that is resumed keeps its precision.
+    """
     params = dict(config.get("trainer") or {})
     accelerator = params.get("accelerator") or "auto"
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
     if params.get("precision") != "bf16-mixed" or not on_cpu or multiplies_bfloat16():
         return params
     slow = "this processor, without AVX-512, is some ten times as slow in bf16-mixed as in 32-true"
-    where = merged.where("lightning.trainer.precision")
-    if where == COMMAND_LINE:
-        rank_zero_info(f"{slow}: leave out --precision")
+    where = run.merged.where("lightning.trainer.precision")
+    if where == COMMAND_LINE or run.resume is not None:
+        rank_zero_info(f"{slow}: --precision 32-true is faster here")
         return params
     rank_zero_info(f"precision 32-true instead of bf16-mixed ({where}): {slow}; --precision bf16-mixed asks for it")
     return {**params, "precision": "32-true"}

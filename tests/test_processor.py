@@ -72,9 +72,10 @@ def hidden_and_rest(config):
 @pytest.mark.parametrize(
     "params, source, fast, used, said",
     [
+        ({"precision": "bf16-mixed"}, "resumed", False, "bf16-mixed", "--precision 32-true is faster"),
         ({"precision": "bf16-mixed"}, "a.yaml", False, "32-true", "instead of bf16-mixed (a.yaml)"),
         ({"precision": "bf16-mixed", "accelerator": "cpu"}, "a.yaml", False, "32-true", "instead of bf16-mixed"),
-        ({"precision": "bf16-mixed"}, "the command line", False, "bf16-mixed", "leave out --precision"),
+        ({"precision": "bf16-mixed"}, "the command line", False, "bf16-mixed", "--precision 32-true is faster"),
         ({"precision": "bf16-mixed"}, "a.yaml", True, "bf16-mixed", None),
         ({"precision": "bf16-mixed", "accelerator": "gpu"}, "a.yaml", False, "bf16-mixed", None),
         ({"precision": "16-mixed"}, "a.yaml", False, "16-mixed", None),
@@ -86,13 +87,17 @@ def test_a_precision_that_is_slow_here(monkeypatch, params, source, fast, used, 
     monkeypatch.setattr(trainer, "multiplies_bfloat16", lambda: fast)
     monkeypatch.setattr(trainer, "rank_zero_info", lines.append)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    merged = SimpleNamespace(where=lambda key: source)
-    assert trainer.trainer_params(merged, {"trainer": params}).get("precision") == used
+    assert trainer.trainer_params(run(source), {"trainer": params}).get("precision") == used
     assert [said in line for line in lines] == ([] if said is None else [True])
+
+
+def run(source):
+    merged = SimpleNamespace(where=lambda key: source)
+    return SimpleNamespace(merged=merged, resume="last.ckpt" if source == "resumed" else None)
 
 
 def test_a_gpu_keeps_it(monkeypatch):
     monkeypatch.setattr(trainer, "multiplies_bfloat16", lambda: False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     params = {"precision": "bf16-mixed"}
-    assert trainer.trainer_params(SimpleNamespace(where=lambda key: "a.yaml"), {"trainer": params}) == params
+    assert trainer.trainer_params(run("a.yaml"), {"trainer": params}) == params
