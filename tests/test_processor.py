@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from ldm import processor, trainer
 from ldm.models.base import BaseModel
+from tests.cli.tools import QUICK, config, only_run, run_main
 
 
 def test_no_bfloat16_within():
@@ -101,3 +103,18 @@ def test_a_gpu_keeps_it(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     params = {"precision": "bf16-mixed"}
     assert trainer.trainer_params(run("a.yaml"), {"trainer": params}) == params
+
+
+def test_a_run_goes_on_in_the_precision_it_began_with(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(trainer, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    (tmp_path / "a.yaml").write_text("lightning: {trainer: {precision: bf16-mixed}}")
+    start = ["-t", "-b", config("configs/classifier/resnet_digits.yaml"), tmp_path / "a.yaml", "-l", tmp_path / "logs"]
+    assert run_main(*start, "--max_steps", 1, "--no-test", *QUICK) == 0
+    assert "precision 32-true instead of bf16-mixed" in capsys.readouterr().err
+    begun = only_run(tmp_path / "logs")
+    saved = yaml.safe_load(next((begun / "configs").glob("*-lightning.yaml")).read_text())
+    assert saved["lightning"]["trainer"]["precision"] == "32-true"
+    assert run_main("-t", "-r", begun, "--max_steps", 2, "--no-test") == 0
+    assert "bf16-mixed" not in capsys.readouterr().err
+    assert torch.load(begun / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
