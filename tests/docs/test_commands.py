@@ -55,11 +55,10 @@ KEEP = ("every_n_train_steps=1", "save_top_k=-1", "filename=at_{step}")
 KEPT = {"txt2img_run": [f"lightning.modelcheckpoint.params.{k}" for k in KEEP]}
 # what makes a network or an evaluation small: key of a YAML -> value
 SMALL = {"model_channels": 32, "num_res_blocks": 1, "iwae_samples": 1, "ch": 32, "batch_size": 4, "channel_max": 16}
-SMALL |= {"channel_base": 1024, "n_layer": 1, "n_head": 2, "n_embd": 32, "num_head_channels": 16}
+SMALL |= {"n_layer": 1, "n_head": 2, "n_embd": 32, "num_head_channels": 16}
 # what makes a sampling command short: flag -> the most that is run
 SHORT = {"-n": 10, "--n_samples": 10, "--n-samples": 10, "--steps": 3, "--max_steps": 1, "--max_epochs": 1}
 SHORT |= {"--H": 32, "--W": 32}
-COUNTED = ("scripts/sample.py", "scripts/evaluate.py", "scripts/evaluate_captions.py")  # their -n has a default
 PAINTERS = ("scripts/txt2img.py", "scripts/img2img.py", "scripts/inpaint.py")
 SD_PLACE = "models/ldm/stable-diffusion-v1"
 QUIET = [*QUICK, "lightning.callbacks.image_logger.params.disabled=true"]
@@ -261,7 +260,7 @@ def shorten(script, argv):
     for i, flag in enumerate(short[:-1]):
         if flag in SHORT and short[i + 1].isdigit():
             short[i + 1] = str(min(int(short[i + 1]), SHORT[flag]))
-    if script in COUNTED and not {"-n", "--like", "--seeds"} & set(short):
+    if script in ("scripts/sample.py", "scripts/evaluate.py") and not {"-n", "--like", "--seeds"} & set(short):
         short += ["-n", "8"]
     if script in PAINTERS and "--like" not in short:
         few = {"--steps": 2, "--n_iter": 1, "--n_samples": 1} | ({"--H": 32, "--W": 32} if "txt2img" in script else {})
