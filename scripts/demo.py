@@ -100,7 +100,12 @@ def save(run: Path, file: Path) -> None:
 
 def call(argv: list[str]) -> int:
     print("$ python", *argv, flush=True)
-    return subprocess.call([sys.executable, str(ROOT / argv[0]), *argv[1:]])
+    process = subprocess.Popen([sys.executable, str(ROOT / argv[0]), *argv[1:]])
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # Ctrl-C reaches the program too: it saves, and says what to do
+        process.wait()
+        return 130
 
 
 if __name__ == "__main__":
