@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import shlex
 import signal
 import sys
 import time
@@ -352,7 +353,7 @@ class Signals(Callback):
             path = self.run.save(trainer)
             rank_zero_info(f"saved {path} at step {trainer.global_step}")
         if self.stop_signal is not None:
-            raise Stopped(self.stop_signal)
+            raise Stopped(self.stop_signal, self.run.logdir)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._old.items():
@@ -363,8 +364,9 @@ class Signals(Callback):
 class Stopped(Exception):
     """Training was stopped by a signal, after saving."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+    def __init__(self, number: int, logdir: Path) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name}; it goes on with: python main.py -t -r {shlex.quote(str(logdir))}")
         self.exit_code = 128 + number
 
 

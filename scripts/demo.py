@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("what", nargs="?", choices=tuple(CONFIGS), default="prompts", help="what to train (default: prompts)")
+    add("what", nargs="?", default="prompts", help="what to train: prompts (default) or digits")
     add("-l", "--logdir", default="logs", help="folder of the run directory (default: logs)")
     add("--outdir", default=None, help="where the pictures go (default: outputs/demo, outputs/digits)")
     add("--config", default=None, help="another config of the same kind")
@@ -40,7 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
+    if "=" in args.what:  # only settings were given
+        args.what, args.extra = "prompts", [args.what, *args.extra]
+    if args.what not in CONFIGS:
+        parser.error(f"got {args.what!r}, expected {' or '.join(CONFIGS)}")
     outdir = Path(args.outdir or {"prompts": "outputs/demo", "digits": "outputs/digits"}[args.what])
     config = args.config or str(ROOT / CONFIGS[args.what])
     before = set(Path(args.logdir).glob("*"))
