@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 import random
-import shlex
 import signal
 import sys
 import time
 from pathlib import Path
+from shlex import quote
 from types import FrameType
 from typing import Any
 
@@ -364,9 +364,8 @@ class Signals(Callback):
 class Stopped(Exception):
     """Training was stopped by a signal, after saving."""
 
-    def __init__(self, number: int, logdir: Path) -> None:
-        name = signal.Signals(number).name
-        super().__init__(f"stopped by {name}; it goes on with: python main.py -t -r {shlex.quote(str(logdir))}")
+    def __init__(self, number: int, run: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; go on: python main.py -t -r {quote(str(run))}")
         self.exit_code = 128 + number
 
 

@@ -30,7 +30,7 @@ def test_ctrl_c_saves_the_training_and_says_how_to_go_on(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     returned, out = finish(process)
     assert returned == 130 and "Traceback" not in out, out
-    assert f"stopped by SIGINT; it goes on with: python main.py -t -r {run}\n" in out
+    assert f"stopped by SIGINT; go on: python main.py -t -r {run}\n" in out
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] > 0
 
 

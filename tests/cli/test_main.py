@@ -185,7 +185,7 @@ def test_a_signal_saves_and_ends_the_run(tmp_path, name, code):
     process.send_signal(getattr(signal, name))
     returned, out = finish(process)
     assert returned == code and "Traceback" not in out, out
-    assert f"stopped by {name}; it goes on with: python main.py -t -r {run}\n" in out
+    assert f"stopped by {name}; go on: python main.py -t -r {run}\n" in out
     step = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert step > 0
     assert run_main("-t", "-r", run, "--max_steps", step + 1, "--no-test") == 0
