@@ -90,7 +90,7 @@ def plain_modulated_conv2d(
     return y if noise is None else y + noise
 
 
-def plain_bias_act(x, b=None, dim=1, act="linear", alpha=None, gain=None, clamp=None):
+def plain_bias_act(x, b=None, dim=1, act="linear", alpha=None, gain=None, clamp=None, overwrite=False):
     """One operation after the other."""
     fn, default_alpha, default_gain, _ = ops.ACTIVATIONS[act]
     x = x if b is None else x + b.view([-1 if i == dim else 1 for i in range(x.ndim)])

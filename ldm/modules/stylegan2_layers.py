@@ -19,6 +19,7 @@ from ldm.modules.stylegan2_ops import activation_gain, bias_act, conv2d_resample
 FILTER = (1, 3, 3, 1)
 NOISE_MODES = ("random", "const", "none")
 ARCHITECTURES = ("skip", "resnet", "orig")
+HOMOGENEOUS = ("linear", "relu", "lrelu")  # may take their gain beforehand, where it costs nothing
 LOW_PRECISION = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 Randn = Callable[[Tensor], Tensor]  # template -> noise of its shape, device and dtype
 
@@ -103,11 +104,14 @@ class Conv2dLayer(nn.Module):
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
         """`gain` multiplies the result, and the clamp with it."""
-        w = (self.weight * self.weight_gain).to(x.dtype)
-        resample = dict(up=self.up, down=self.down, padding=self.padding, flip_weight=self.up == 1)
+        total = self.act_gain * gain
+        early = total if self.activation in HOMOGENEOUS else 1.0
+        w = (self.weight * (self.weight_gain * early)).to(x.dtype)
+        b = None if self.bias is None else (self.bias * early).to(x.dtype)
+        resample = dict(up=self.up, down=self.down, padding=self.padding, flip_weight=self.up == 1, bias=b)
         x = conv2d_resample(x, w, self.resample_filter, **resample)
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
-        return bias_act(x, self.bias, act=self.activation, gain=self.act_gain * gain, clamp=clamp)
+        return bias_act(x, act=self.activation, gain=total / early, clamp=clamp, overwrite=True)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, {self.activation}, up={self.up}, down={self.down}"
@@ -188,8 +192,7 @@ class SynthesisLayer(nn.Module):
             raise ValueError(f"got {list(x.shape)}, expected [B, {self.in_channels}, {size}, {size}]")
         noise = self._noise(x, noise_mode, randn)
         total = self.act_gain * gain
-        # a leaky ReLU may take its gain beforehand, where it costs nothing: in the demodulation, noise and bias
-        early = total if self.activation in ("linear", "relu", "lrelu") else 1.0
+        early = total if self.activation in HOMOGENEOUS else 1.0  # in the demodulation, noise and bias
         x = modulated_conv2d(
             x,
             self.weight,

@@ -81,6 +81,7 @@ def bias_act(
     alpha: float | None = None,
     gain: float | None = None,
     clamp: float | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """clamp(gain * act(x + b)).
 
@@ -91,6 +92,7 @@ def bias_act(
         alpha: negative slope of "lrelu"; None for 0.2.
         gain: None for the one that keeps the variance (square root of 2 for relu, lrelu and swish, 1 otherwise).
         clamp: limit of the absolute value; None for no limit.
+        overwrite: x may be changed; nobody else needs it.
 
     Raises:
         ValueError: unknown activation, bias of another size, negative clamp.
@@ -108,7 +110,10 @@ def bias_act(
     if homogeneous and gain > 0 and alpha >= 0:
         if b is None and gain == 1 and alpha == 1 and clamp is None:
             return x
-        z = x * gain if b is None else torch.add(b if gain == 1 else b * gain, x, alpha=gain)
+        if b is None:
+            z = x if overwrite and gain == 1 else x * gain
+        else:
+            z = torch.add(b if gain == 1 else b * gain, x, alpha=gain)
         return z if alpha == 1 and clamp is None else _LeakyClamp.apply(z, alpha, clamp)
     y = fn(x if b is None else x + b, alpha)
     y = y if gain == 1 else y * gain
@@ -221,6 +226,8 @@ def upfirdn2d(
 
 def _fir(x: Tensor, f: Tensor, up: tuple[int, int], down: tuple[int, int], sides: tuple[int, int, int, int]) -> Tensor:
     """Correlate with f [fh, fw] in one depthwise convolution; up and down are (y, x)."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":  # no fast backward pass of a depthwise convolution there
+        return _fir(x.float(), f.float(), up, down, sides).to(x.dtype)
     left, right, top, bottom = sides
     fh, fw = f.shape
     weight = f.expand(x.shape[1], 1, fh, fw)
@@ -286,6 +293,7 @@ def conv2d_resample(
     padding: Pair = 0,
     flip_weight: bool = True,
     flip_filter: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Upsample by f, convolve by w, downsample by f; each in the order that costs least.
 
@@ -297,30 +305,33 @@ def conv2d_resample(
         w: [Cout, Cin, kh, kw].
         padding: as in `upfirdn2d`, beyond what keeps the image centred; k // 2 keeps the size.
         flip_weight: True correlates with w (what PyTorch calls a convolution), False convolves.
+        bias: [Cout]; the convolution adds it where it comes last.
     """
     kh, kw = w.shape[2:]
     sides = [a + b for a, b in zip(_sides(padding), _centred(f, (up, up), (down, down)), strict=True)]
     w = w if flip_weight or kh == kw == 1 else w.flip(2, 3)  # from here on: correlate with w
     if up == 1 and down == 1:
-        return _conv(x, w, sides)
-    if kh == kw == 1 and down == 1:
-        return upfirdn2d(F.conv2d(x, w), f, up=up, padding=sides, gain=up**2, flip_filter=flip_filter)
-    if kh == kw == 1 and up == 1:
-        return F.conv2d(upfirdn2d(x, f, down=down, padding=sides, flip_filter=flip_filter), w)
+        return _conv(x, w, sides, bias)
     if up == 1:
-        return F.conv2d(upfirdn2d(x, f, padding=sides, flip_filter=flip_filter), w, stride=down)
-    # the transposed convolution is a full one; see _fir
-    full = [kw - 1, kw - up, kh - 1, kh - up]
-    x = F.conv_transpose2d(x, w.flip(2, 3).transpose(0, 1), stride=up)
-    x = upfirdn2d(x, f, padding=[a - b for a, b in zip(sides, full, strict=True)], gain=up**2, flip_filter=flip_filter)
-    return x if down == 1 else upfirdn2d(x, f, down=down, flip_filter=flip_filter)
+        one = kh == kw == 1
+        x = upfirdn2d(x, f, down=down if one else 1, padding=sides, flip_filter=flip_filter)
+        return F.conv2d(x, w, bias, stride=1 if one else down)
+    if kh == kw == 1 and down == 1:
+        x = upfirdn2d(F.conv2d(x, w), f, up=up, padding=sides, gain=up**2, flip_filter=flip_filter)
+    else:  # the transposed convolution is a full one; see _fir
+        full = [kw - 1, kw - up, kh - 1, kh - up]
+        sides = [a - b for a, b in zip(sides, full, strict=True)]
+        x = F.conv_transpose2d(x, w.flip(2, 3).transpose(0, 1), stride=up)
+        x = upfirdn2d(x, f, padding=sides, gain=up**2, flip_filter=flip_filter)
+        x = x if down == 1 else upfirdn2d(x, f, down=down, flip_filter=flip_filter)
+    return x if bias is None else x + bias[:, None, None]
 
 
-def _conv(x: Tensor, w: Tensor, sides: Sequence[int]) -> Tensor:
+def _conv(x: Tensor, w: Tensor, sides: Sequence[int], bias: Tensor | None = None) -> Tensor:
     left, right, top, bottom = sides
     if left == right >= 0 and top == bottom >= 0:
-        return F.conv2d(x, w, padding=(top, left))
-    return F.conv2d(F.pad(x, list(sides)), w)
+        return F.conv2d(x, w, bias, padding=(top, left))
+    return F.conv2d(F.pad(x, list(sides)), w, bias)
 
 
 def modulated_conv2d(
