@@ -42,8 +42,10 @@ def plain_upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1.0):
     return F.conv2d(y, f[None, None].repeat(c, 1, 1, 1), groups=c)[:, :, ::dy, ::dx]
 
 
-def plain_conv2d_resample(x, w, f=None, up=1, down=1, padding=0, flip_weight=True, groups=1):
-    """Filter at the higher resolution, and a strided or transposed convolution."""
+def plain_conv2d_resample(x, w, f=None, up=1, down=1, padding=0, flip_weight=True, groups=1, bias=None):
+    """Filter at the higher resolution, and a strided or transposed convolution; then the bias."""
+    if bias is not None:
+        return plain_conv2d_resample(x, w, f, up, down, padding, flip_weight, groups) + bias[:, None, None]
     k = w.shape[2]
     left, right, *_ = ops._centred(f, (up, up), (down, down))
     left, right = left + padding, right + padding

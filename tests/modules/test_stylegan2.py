@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ldm.modules import stylegan2_ops as ops
 from ldm.modules.ada import PRESETS, AdaptiveAugment, AugmentPipe, DiffAugment
 from ldm.modules.stylegan2 import Discriminator, Generator, MappingNetwork, mix_styles, style_mixing
-from ldm.modules.stylegan2_layers import MinibatchStdLayer, SynthesisLayer
+from ldm.modules.stylegan2_layers import Conv2dLayer, MinibatchStdLayer, SynthesisLayer
 from tests.reference import compare, filler
 
 FIXTURES = Path(__file__).parents[1] / "reference" / "fixtures"
@@ -215,6 +215,35 @@ def test_conv2d_resample_is_its_definition(up, down, k):
                     y = plain_upfirdn2d(y, f, (1, 1), (2, 2), (0, 0, 0, 0), flip_filter, 1)
                 got = ops.conv2d_resample(x, w, f, up, down, k // 2 + extra, flip_weight, flip_filter)
                 torch.testing.assert_close(got, y)
+                b = filler.draw(0, "b", (4,)).double()
+                got = ops.conv2d_resample(x, w, f, up, down, k // 2 + extra, flip_weight, flip_filter, b)
+                torch.testing.assert_close(got, y + b[:, None, None])
+
+
+@pytest.mark.parametrize("act", ["linear", "relu", "lrelu", "tanh", "swish"])
+@pytest.mark.parametrize("down", [1, 2])
+def test_a_convolution_layer_is_its_operations_one_after_the_other(act, down):
+    layer = Conv2dLayer(3, 4, 3, activation=act, down=down, conv_clamp=0.9).double()
+    with torch.no_grad():
+        layer.bias.copy_(filler.draw(1, "b", (4,)))
+    x = filler.draw(1, "x", (2, 3, 8, 8)).double()
+    y = ops.conv2d_resample(x, layer.weight * layer.weight_gain, layer.resample_filter, down=down, padding=1)
+    for gain in (1.0, 0.5):
+        want = ops.bias_act(y, layer.bias, act=act, gain=layer.act_gain * gain, clamp=0.9 * gain)
+        torch.testing.assert_close(layer(x, gain=gain), want)
+
+
+@pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2)])
+def test_filters_in_bfloat16_are_those_of_float32(up, down):
+    f = ops.setup_filter([1, 3, 3, 1])
+    x = filler.draw(3, "x", (2, 8, 16, 16)).bfloat16().requires_grad_()
+    wide = x.detach().float().requires_grad_()
+    got, want = (ops.upfirdn2d(v, f, up=up, down=down, padding=2) for v in (x, wide))
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want.bfloat16())
+    for y in (got, want):
+        y.float().square().sum().backward()
+    torch.testing.assert_close(x.grad.float(), wide.grad, rtol=2**-6, atol=2**-6)
 
 
 def plain_modulated_conv2d(x, weight, styles, up, f, demodulate):
