@@ -14,12 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.stylegan2_ops import activation_gain, bias_act, conv2d_resample, modulated_conv2d, setup_filter
+from ldm.modules.stylegan2_ops import (
+    activation_gain,
+    bias_act,
+    conv2d_resample,
+    modulated_conv2d,
+    setup_filter,
+    takes_gain_early,
+)
 
 FILTER = (1, 3, 3, 1)
 NOISE_MODES = ("random", "const", "none")
 ARCHITECTURES = ("skip", "resnet", "orig")
-HOMOGENEOUS = ("linear", "relu", "lrelu")  # may take their gain beforehand, where it costs nothing
 LOW_PRECISION = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 Randn = Callable[[Tensor], Tensor]  # template -> noise of its shape, device and dtype
 
@@ -105,7 +111,7 @@ class Conv2dLayer(nn.Module):
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
         """`gain` multiplies the result, and the clamp with it."""
         total = self.act_gain * gain
-        early = total if self.activation in HOMOGENEOUS else 1.0
+        early = total if takes_gain_early(self.activation) else 1.0
         w = (self.weight * (self.weight_gain * early)).to(x.dtype)
         b = None if self.bias is None else (self.bias * early).to(x.dtype)
         resample = dict(up=self.up, down=self.down, padding=self.padding, flip_weight=self.up == 1, bias=b)
@@ -192,7 +198,7 @@ class SynthesisLayer(nn.Module):
             raise ValueError(f"got {list(x.shape)}, expected [B, {self.in_channels}, {size}, {size}]")
         noise = self._noise(x, noise_mode, randn)
         total = self.act_gain * gain
-        early = total if self.activation in HOMOGENEOUS else 1.0  # in the demodulation, noise and bias
+        early = total if takes_gain_early(self.activation) else 1.0  # in the demodulation, noise and bias
         x = modulated_conv2d(
             x,
             self.weight,

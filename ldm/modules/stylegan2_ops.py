@@ -120,6 +120,11 @@ def bias_act(
     return y if clamp is None else y.clamp(-clamp, clamp)
 
 
+def takes_gain_early(act: str) -> bool:
+    """Whether a gain may come before the activation, where a weight or a bias can hold it: f(g x) = g f(x)."""
+    return ACTIVATIONS[act][3]
+
+
 def normalize_2nd_moment(x: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     """x divided by its root mean square over `dim`."""
     return x * (x.square().mean(dim, keepdim=True) + eps).rsqrt()
@@ -210,6 +215,8 @@ def upfirdn2d(
     """
     if x.ndim != 4:
         raise ValueError(f"upfirdn2d: got {x.ndim} dimensions, expected [B, C, H, W]")
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":  # no fast backward pass of a depthwise convolution there
+        return upfirdn2d(x.float(), f, up, down, padding, flip_filter, gain).to(x.dtype)
     (ux, uy), (dx, dy) = _pair(up, "up"), _pair(down, "down")
     left, right, top, bottom = _sides(padding)
     f = torch.ones(1, 1, device=x.device) if f is None else f
@@ -226,8 +233,6 @@ def upfirdn2d(
 
 def _fir(x: Tensor, f: Tensor, up: tuple[int, int], down: tuple[int, int], sides: tuple[int, int, int, int]) -> Tensor:
     """Correlate with f [fh, fw] in one depthwise convolution; up and down are (y, x)."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":  # no fast backward pass of a depthwise convolution there
-        return _fir(x.float(), f.float(), up, down, sides).to(x.dtype)
     left, right, top, bottom = sides
     fh, fw = f.shape
     weight = f.expand(x.shape[1], 1, fh, fw)
