@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.models.base import BaseModel
+from ldm.models.base import BaseModel, Config
 from ldm.models.framework import rank_zero_info
 from ldm.util import UserError
 
@@ -29,6 +29,7 @@ class AdversarialModel(BaseModel):
         disc_steps: updates of the discriminator per update of the generator, each on batches of its own.
         lr_g_factor: learning rate of the generator as a multiple of the discriminator's, which is `learning_rate`: two
             time scales (Heusel et al. 2017).
+        generator_optimizer_config: `{target, params}` of the generator's optimiser, if not that of both.
         clip: largest gradient norm, of the generator and of the discriminator apart; None for no limit.
 
     `accumulate_grad_batches` and `gradient_clip_val` of the Trainer, which Lightning refuses for two optimisers, are
@@ -47,6 +48,7 @@ class AdversarialModel(BaseModel):
         clip: float | None = None,
         disc_steps: int = 1,
         lr_g_factor: float = 1.0,
+        generator_optimizer_config: Config | None = None,
         **base: Any,
     ) -> None:
         super().__init__(**base)
@@ -57,6 +59,7 @@ class AdversarialModel(BaseModel):
             raise ValueError(f"lr_g_factor: got {lr_g_factor}, expected a number over 0")
         self.automatic_optimization = False
         self.accumulate, self.clip, self.disc_steps, self.lr_g_factor = accumulate, clip, disc_steps, lr_g_factor
+        self.generator_optimizer_config = generator_optimizer_config
         self.clip_algorithm: str | None = None
         self.updates = self.disc_updates = self._batch_idx = 0
         self._window: list[dict[str, Any]] = []
@@ -102,7 +105,7 @@ class AdversarialModel(BaseModel):
         return []
 
     def configure_optimizers(self) -> Any:
-        optimizers = [self.build_optimizer(self.generator_parameters())]
+        optimizers = [self.build_optimizer(self.generator_parameters(), self.generator_optimizer_config)]
         for group in optimizers[0].param_groups:
             group["lr"] *= self.lr_g_factor
         if others := self.discriminator_parameters():

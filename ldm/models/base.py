@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.framework import Module, rank_zero_info
+from ldm.models.param_groups import by_role
 from ldm.modules.ema import LitEma
-from ldm.optim import muon_for_this_processor
+from ldm.optim import HiddenAndRest, muon_for_this_processor
 from ldm.util import UserError, accepted_params, get_obj_from_str, instantiate_from_config
 
 Config = dict[str, Any]
@@ -170,10 +171,14 @@ class BaseModel(Module):
         scheduler = self.build_scheduler(optimizer)
         return ([optimizer], [scheduler]) if scheduler else optimizer
 
-    def build_optimizer(self, params: Any) -> torch.optim.Optimizer:
-        """`optimizer_config` (default AdamW) over `params` at `learning_rate`."""
-        config = self.optimizer_config or {"target": "torch.optim.AdamW"}
-        if "fallback_lr_scale" in (accepted_params(get_obj_from_str(config["target"])) or {}):
+    def build_optimizer(self, params: Any, config: Config | None = None) -> torch.optim.Optimizer:
+        """`config`, or `optimizer_config` (default AdamW), over `params` (or groups of them) at `learning_rate`."""
+        config = config or self.optimizer_config or {"target": "torch.optim.AdamW"}
+        cls = get_obj_from_str(config["target"])
+        params = list(params)
+        if cls is HiddenAndRest and not isinstance(params[0], dict):
+            params = by_role(self, params)
+        if "fallback_lr_scale" in (accepted_params(cls) or {}):
             params = self._tables_apart(params)
         return muon_for_this_processor(instantiate_from_config(config, params=params, lr=self.learning_rate))
 

@@ -46,6 +46,8 @@ class GAN(ClassLabels, AdversarialModel):
         class_weight: of the auxiliary classifier's cross-entropy, where the discriminator has one. As in AC-GAN (Odena
             et al. 2017, equation 3) the discriminator learns it on real and on generated pictures, and the generator
             is to be classified right.
+        reconstruction_weight: of the L1 distance of a generated picture to the real one whose class it was told, as in
+            pix2pix (Isola et al. 2017, equations 3 and 4); for classes of one picture each. 0 leaves it out.
         cond_stage_key: key of the classes in the batch; None for an unconditional model.
         num_classes: number of classes; `auto` in YAML.
         use_ema, ema_decay: average the generator's weights; the decay warms up over the first updates.
@@ -76,6 +78,7 @@ class GAN(ClassLabels, AdversarialModel):
         augment: str | None = None,
         augment_params: Config | None = None,
         class_weight: float = 1.0,
+        reconstruction_weight: float = 0.0,
         cond_stage_key: str | None = None,
         num_classes: int | None = None,
         use_ema: bool = True,
@@ -95,6 +98,12 @@ class GAN(ClassLabels, AdversarialModel):
         self.clip_weights = clip_weights
         if cond_stage_key is not None and num_classes is None:
             raise ValueError("cond_stage_key needs num_classes: a number, or auto for that of the data")
+        if cond_stage_key is None and reconstruction_weight:
+            raise ValueError(
+                f"reconstruction_weight: got {reconstruction_weight}, expected 0: without classes (cond_stage_key) the "
+                "generator cannot know which picture is meant"
+            )
+        self.reconstruction_weight = reconstruction_weight
         classes = num_classes if cond_stage_key is not None else None
         self.generator = self._network(generator_config, classes)
         self.discriminator = None if discriminator_config is None else self._network(discriminator_config, classes)
@@ -168,9 +177,13 @@ class GAN(ClassLabels, AdversarialModel):
         if self.formula.relativistic:
             with torch.no_grad():
                 real, _ = self.judge(x, labels)
-        fake, wrong_class = self.judge(self.fake(len(x), labels), labels)
-        loss = self.formula.generator(fake, real) + self.class_weight * wrong_class
-        return loss, {"g_loss": loss}
+        generated = self.fake(len(x), labels)
+        fake, wrong_class = self.judge(generated, labels)
+        loss, logs = self.formula.generator(fake, real) + self.class_weight * wrong_class, {}
+        if self.reconstruction_weight:
+            logs["reconstruction"] = F.l1_loss(generated.float(), x)
+            loss = loss + self.reconstruction_weight * logs["reconstruction"]
+        return loss, {"g_loss": loss, **logs}
 
     def discriminator_loss(self, batch: dict[str, Any]) -> Losses:
         x, labels = self.inputs(batch)

@@ -57,6 +57,26 @@ def test_the_penalty_is_what_the_formula_says():
     assert torch.allclose(loss, expected + 10 * penalty, rtol=1e-5)
 
 
+def test_the_distance_to_the_picture_that_was_asked_for_joins_the_generators_loss():
+    """pix2pix: lambda times the mean absolute difference to the real picture with the same label."""
+    classes = {"cond_stage_key": "class_label", "num_classes": 2}
+    bare, model = small_gan(**classes).train(), small_gan(**classes, reconstruction_weight=5.0).train()
+    model.load_state_dict(bare.state_dict())
+    data = batch()
+    torch.manual_seed(1)
+    plain, without = bare.generator_loss(data)
+    torch.manual_seed(1)
+    loss, logs = model.generator_loss(data)
+    torch.manual_seed(1)
+    fake = bare.fake(8, data["class_label"])
+    distance = (fake - data["image"].permute(0, 3, 1, 2)).abs().mean()
+    assert "reconstruction" not in without
+    assert torch.allclose(logs["reconstruction"], distance, rtol=1e-5)
+    assert torch.allclose(loss - plain, 5 * distance, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"reconstruction_weight: got 5\.0, expected 0: without classes"):
+        small_gan(reconstruction_weight=5.0)
+
+
 def test_lazy_penalties_come_rarely_and_count_more():
     every, lazy = small_gan(penalty="r1").train(), small_gan(penalty="r1", penalty_interval=4).train()
     torch.manual_seed(1)

@@ -9,8 +9,9 @@ from ldm.generate import split_knobs
 from ldm.models.stylegan2 import StyleGAN2
 from ldm.modules import gan_losses
 from ldm.modules.stylegan2_layers import Block
+from ldm.optim import HiddenAndRest
 from ldm.util import SeededNoise, UserError
-from tests.models.gans import Blobs, loader, scaled_trainer, small_stylegan, spoil_loss, stylegan_config, trainer
+from tests.models.gans import ADAM, Blobs, loader, scaled_trainer, small_stylegan, spoil_loss, stylegan_config, trainer
 
 CLASSES = {"cond_stage_key": "class_label", "num_classes": 2}
 
@@ -42,6 +43,28 @@ def test_it_trains(tmp_path, params):
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert model.generator.mapping.w_avg.abs().max() > 0
     assert model.path_length.mean > 0
+
+
+def test_each_player_has_an_optimiser_of_its_own_and_filters_learn_apart(tmp_path):
+    """Muon takes what lies between pictures, styles and logits; the discriminator keeps `optimizer_config`."""
+    muon = {"target": "timm.optim.Muon", "params": {"lr": 0.05, "momentum": 0.5}}
+    own = {"target": "ldm.optim.HiddenAndRest", "params": {"hidden": muon, "rest": ADAM}}
+    classes = {**CLASSES, "num_classes": 6}
+    model = small_stylegan(**classes, generator_optimizer_config=own, lr_g_factor=2.0, reconstruction_weight=1.0)
+    (generator, discriminator), _ = model.configure_optimizers()
+    assert type(discriminator) is torch.optim.Adam and type(generator) is HiddenAndRest
+    hidden, rest = generator.param_groups
+    assert hidden["lr"] == pytest.approx(0.1) and rest["lr"] == pytest.approx(2 * model.learning_rate)
+    names = {id(p): n for n, p in model.generator.named_parameters()}
+    kept = {names.pop(id(p)).rpartition(".")[2] for p in hidden["params"]}
+    assert kept == {"weight"}
+    others = {names.pop(id(p)) for p in rest["params"]}
+    assert not names, "each parameter has one place"
+    assert {n for n in others if n.endswith("weight")} == {f"synthesis.b{r}.torgb.weight" for r in (4, 8, 16)}
+    before = [p.detach().clone() for p in model.generator.parameters()]
+    trainer(tmp_path, max_steps=2).fit(model, loader(size=16))
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.generator.parameters(), strict=True)]
+    assert sum(moved) > 0.8 * len(moved) and all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_r1_by_hand():
