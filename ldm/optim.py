@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.processor import Float32, multiplies_bfloat16
-from ldm.util import instantiate_from_config
+from ldm.util import class_of, instantiate_from_config
 
 ROLE = "hidden"  # key of a parameter group: true for weights between the first and the last layer
 
@@ -40,8 +40,9 @@ class HiddenAndRest(torch.optim.Optimizer):
         if not parts[0]:
             raise ValueError("got a network without layers between its first and its last one, expected some")
         self.parts = []
-        for config, part in zip((hidden, rest), parts, strict=True):
+        for name, config, part in zip(("hidden", "rest"), (hidden, rest), parts, strict=True):
             if part:
+                class_of(config, name)
                 own = (config.get("params") or {}).get("lr", lr)
                 part = [{**g, "lr": own * g.get("lr", lr) / lr} for g in part]
                 self.parts.append(instantiate_from_config(config, params=part, **_rate(config, lr)))

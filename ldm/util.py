@@ -132,6 +132,22 @@ def _check_safe(obj: Any, real: str, path: str) -> None:
     raise ConfigError(f"target {path} must name a class, got the function {obj!r}", path)
 
 
+def class_of(config: Any, key: str = "") -> Any:
+    """The class or function that `{target: dotted.path, params: {...}}` names.
+
+    Args:
+        config: from YAML.
+        key: where it stands, for the message.
+
+    Raises:
+        ConfigError: not such a mapping, or what `get_obj_from_str` refuses.
+    """
+    if not isinstance(config, Mapping) or "target" not in config:
+        place = f"{key}: " if key else ""
+        raise ConfigError(f"{place}expected a mapping with the key target, got {config!r:.200}", "")
+    return get_obj_from_str(config["target"])
+
+
 def instantiate_from_config(config: Mapping[str, Any] | str, **extra: Any) -> Any:
     """Builds `{target: dotted.path, params: {...}}`; `extra` is added to the parameters.
 
@@ -143,14 +159,12 @@ def instantiate_from_config(config: Mapping[str, Any] | str, **extra: Any) -> An
     """
     if isinstance(config, str) and config in ("__is_first_stage__", "__is_unconditional__"):
         return None
-    if not isinstance(config, Mapping) or "target" not in config:
-        raise ConfigError(f"expected a mapping with the key target, got {config!r:.200}", "")
+    cls = class_of(config)
     unknown = set(config) - {"target", "params", "base_learning_rate", "learning_rate"}
     target = config["target"]
     if unknown:
         key = sorted(map(str, unknown))[0]
         raise ConfigError(f"unknown key {key} beside target{suggest(key, ('target', 'params'))}", target, key)
-    cls = get_obj_from_str(target)
     params = {**_plain(config.get("params") or {}), **extra}
     check_params(cls, target, params)
     try:

@@ -12,22 +12,17 @@ from typing import Any
 
 # --- running ----------------------------------------------------------------------------------------------------------
 
-TRUST = "let target: name classes of this package; may be given several times"
 KNOBS = "lower --batch-size or the size, or use --precision bf16"  # what costs memory
 
 
 def main(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], None], knobs: str = KNOBS) -> int:
-    """Parses, runs, and turns errors with an exit code into one line; `knobs` is the advice for lack of memory.
-
-    All scripts take --trust, since the config in a checkpoint may name classes of one's own, as main.py's may.
-    """
-    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help=TRUST)
+    """Parses, runs, and turns errors with an exit code into one line; `knobs` is the advice for lack of memory."""
+    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help="let a run's target: name it")
     args = parser.parse_args()
     try:
-        if args.trust:
-            from ldm.util import trust
+        from ldm.util import trust
 
-            trust(args.trust)
+        trust(args.trust)
         action(args)
     except KeyboardInterrupt:
         print("\nstopped; finished pictures stay", file=sys.stderr)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.models.param_groups import freeze, groups, layer_numbers, rest_frozen_parts
+from ldm.models.param_groups import by_role, freeze, groups, layer_numbers, rest_frozen_parts
 from ldm.modules.classifiers.resnet import resnet20
 from ldm.modules.classifiers.vit import vit_ti_16
 from ldm.optim import HiddenAndRest
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import ConfigError, UserError, instantiate_from_config
 
 MUON = {"target": "timm.optim.Muon", "params": {"weight_decay": 0.1}}
 ADAM = {"target": "torch.optim.AdamW", "params": {"weight_decay": 0.0}}
@@ -170,3 +170,29 @@ def test_only_what_is_named_is_trained(wanted, prefix):
     assert net.layer3[0].bn1.training == ("layer3." in prefix)
     with pytest.raises(UserError, match=r"no 'layer9' \(did you mean layer\d\?\)"):
         freeze(net, ["layer9"], 5)
+
+
+@pytest.mark.parametrize("part", ["hidden", "rest"])
+def test_a_part_without_a_target_is_named(part):
+    net = small_vit()
+    configs = {"hidden": MUON, "rest": ADAM, part: 3}
+    with pytest.raises(ConfigError, match=f"^{part}: expected a mapping with the key target, got 3"):
+        HiddenAndRest(groups(net, net.parameters(), 0.1, num_classes=5), 0.1, **configs)
+
+
+def test_any_recipe_may_use_it():
+    """Tables, and what touches pictures, latents or logits, are no hidden matrices; each parameter has one place."""
+    net = nn.ModuleDict(
+        {
+            "first": nn.Conv2d(3, 8, 3),
+            "filters": nn.Conv2d(8, 8, 3),
+            "table": nn.Embedding(10, 8),
+            "norm": nn.GroupNorm(2, 8),
+            "matrix": nn.Linear(8, 16),
+            "last": nn.Linear(16, 1),
+        }
+    )
+    hidden, rest = by_role(net, net.parameters())
+    assert hidden["hidden"] and not rest["hidden"]
+    assert {id(p) for p in hidden["params"]} == {id(net["filters"].weight), id(net["matrix"].weight)}
+    assert len(hidden["params"]) + len(rest["params"]) == len(list(net.parameters()))

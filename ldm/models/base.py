@@ -13,9 +13,10 @@ from ldm.models.framework import Module, rank_zero_info
 from ldm.models.param_groups import by_role
 from ldm.modules.ema import LitEma
 from ldm.optim import HiddenAndRest, muon_for_this_processor
-from ldm.util import UserError, accepted_params, get_obj_from_str, instantiate_from_config
+from ldm.util import UserError, accepted_params, class_of, instantiate_from_config
 
 Config = dict[str, Any]
+DEFAULT_OPTIMIZER = {"target": "torch.optim.AdamW"}
 
 
 class BaseModel(Module):
@@ -173,8 +174,8 @@ class BaseModel(Module):
 
     def build_optimizer(self, params: Any, config: Config | None = None) -> torch.optim.Optimizer:
         """`config`, or `optimizer_config` (default AdamW), over `params` (or groups of them) at `learning_rate`."""
-        config = config or self.optimizer_config or {"target": "torch.optim.AdamW"}
-        cls = get_obj_from_str(config["target"])
+        config = config or self.optimizer_config or DEFAULT_OPTIMIZER
+        cls = class_of(config, "model.params.optimizer_config")
         params = list(params)
         if cls is HiddenAndRest and not isinstance(params[0], dict):
             params = by_role(self, params)
@@ -193,7 +194,7 @@ class BaseModel(Module):
         """A Lightning scheduler entry that steps once per update, or None."""
         if not self.scheduler_config:
             return None
-        cls = get_obj_from_str(self.scheduler_config["target"])
+        cls = class_of(self.scheduler_config, "model.params.scheduler_config")
         if issubclass(cls, torch.optim.lr_scheduler.LRScheduler):
             scheduler = instantiate_from_config(self.scheduler_config, optimizer=optimizer)
         else:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 
 from ldm.models import param_groups
-from ldm.models.base import BaseModel
+from ldm.models.base import DEFAULT_OPTIMIZER, BaseModel
 from ldm.models.classifier_faults import check_data, checked_statistics, explained, other_channels
 from ldm.models.classifier_pictures import Mistakes, filter_picture, first_filters, heat, labelled
 from ldm.models.classifier_report import Report, shares, write_picture
@@ -22,7 +22,7 @@ from ldm.modules.classifiers.augment import MIXERS, Augment, views
 from ldm.modules.classifiers.common import BufferEma
 from ldm.modules.classifiers.explain import attends, attention_rollout, grad_cam
 from ldm.optim import HiddenAndRest
-from ldm.util import UserError, get_obj_from_str, instantiate_from_config
+from ldm.util import UserError, class_of, instantiate_from_config
 
 Config = dict[str, Any]
 
@@ -354,7 +354,7 @@ class Classifier(BaseModel):
 
     def build_optimizer(self, params: Any) -> torch.optim.Optimizer:
         """Weight decay only for matrices and convolutions: none for biases, norms, and position embeddings."""
-        cls = get_obj_from_str((self.optimizer_config or {}).get("target", "torch.optim.AdamW"))
+        cls = class_of(self.optimizer_config or DEFAULT_OPTIMIZER, "model.params.optimizer_config")
         roles = inspect.isclass(cls) and issubclass(cls, HiddenAndRest)
         groups = param_groups.groups(
             self.model, params, self.learning_rate, self.layer_decay, self.num_classes if roles else None
@@ -421,7 +421,7 @@ def build_augment(configs: Sequence[Config], num_classes: int) -> Augment | None
     """The transforms of `augment_config`; those that mix labels are told how many there are."""
     built = []
     for config in configs:
-        known = {"num_classes": num_classes} if get_obj_from_str(config["target"]) in MIXERS else {}
+        known = {"num_classes": num_classes} if class_of(config, "model.params.augment_config") in MIXERS else {}
         built.append(instantiate_from_config(config, **known))
     return Augment(built) if built else None
 

@@ -20,7 +20,7 @@ from ldm.models.framework import rank_zero_info, rank_zero_warn
 from ldm.models.game import Game, film_strip
 from ldm.modules import ada
 from ldm.modules import gan_losses as formulas
-from ldm.util import SeededNoise, UserError, instantiate_from_config, suggest
+from ldm.util import SeededNoise, UserError, class_of, instantiate_from_config, suggest
 
 FEW_IMAGES = 50
 
@@ -105,15 +105,18 @@ class GAN(ClassLabels, AdversarialModel):
             )
         self.reconstruction_weight = reconstruction_weight
         classes = num_classes if cond_stage_key is not None else None
-        self.generator = self._network(generator_config, classes)
-        self.discriminator = None if discriminator_config is None else self._network(discriminator_config, classes)
+        self.generator = self._network("generator_config", generator_config, classes)
+        self.discriminator = None
+        if discriminator_config is not None:
+            self.discriminator = self._network("discriminator_config", discriminator_config, classes)
         self.augment = build_augment(augment, augment_params or {})
         self.game, self._norm = Game(watch, patience), None
         if use_ema:
             self.init_ema(self.generator, decay=ema_decay, rampup=ema_rampup)
         self.load_ckpt_path()
 
-    def _network(self, config: Config, classes: int | None) -> nn.Module:
+    def _network(self, key: str, config: Config, classes: int | None) -> nn.Module:
+        class_of(config, f"model.params.{key}")
         params = config.get("params") or {}
         size = params.get("img_resolution")
         if isinstance(size, (list, tuple)):

@@ -15,7 +15,7 @@ from ldm.models.base import BaseModel, Config
 from ldm.models.first_stage import first_stage_of_run
 from ldm.modules.decoding import check_filters, generate
 from ldm.modules.gpt import Transformer
-from ldm.util import SeededNoise, UserError, accepted_params, get_obj_from_str, instantiate_from_config
+from ldm.util import SeededNoise, UserError, accepted_params, class_of, instantiate_from_config
 
 ADAMW = {"target": "torch.optim.AdamW", "params": {"betas": (0.9, 0.95), "weight_decay": 0.01}}
 Condition = dict[str, Any]
@@ -156,7 +156,8 @@ class TokenModel(BaseModel):
         """Weight decay only for the matrices of linear layers: none for biases, norms and embeddings. timm's Muon
         orthogonalises those of the blocks; tables of tokens and places, and the last layer, are AdamW's."""
         params = list(params)
-        muon = "fallback_lr_scale" in (accepted_params(get_obj_from_str(self.optimizer_config["target"])) or {})
+        cls = class_of(self.optimizer_config, "model.params.optimizer_config")
+        muon = "fallback_lr_scale" in (accepted_params(cls) or {})
         part = self.transformer.blocks if muon else self
         decayed = {id(m.weight) for m in part.modules() if isinstance(m, nn.Linear)}
         groups = [

@@ -10,7 +10,7 @@ from ldm.models.stylegan2 import StyleGAN2
 from ldm.modules import gan_losses
 from ldm.modules.stylegan2_layers import Block
 from ldm.optim import HiddenAndRest
-from ldm.util import SeededNoise, UserError
+from ldm.util import ConfigError, SeededNoise, UserError
 from tests.models.gans import ADAM, Blobs, loader, scaled_trainer, small_stylegan, spoil_loss, stylegan_config, trainer
 
 CLASSES = {"cond_stage_key": "class_label", "num_classes": 2}
@@ -303,3 +303,17 @@ def test_non_square_data_says_how_to_crop():
         StyleGAN2(**stylegan_config(size=[64, 96]))
     with pytest.raises(UserError, match="pictures that are not square are cropped to their middle"):
         small_stylegan().discriminator_loss({"image": torch.zeros(2, 16, 24, 1)})
+
+
+@pytest.mark.parametrize("key", ["optimizer_config", "generator_optimizer_config", "scheduler_config"])
+@pytest.mark.parametrize("value", [7, {"params": {"lr": 1.0}}])
+def test_an_optimiser_without_a_target_is_named_by_its_key(key, value):
+    model = small_stylegan(**{key: value})
+    with pytest.raises(ConfigError, match=rf"^model\.params\.{key}: expected a mapping with the key target, got "):
+        model.configure_optimizers()
+
+
+@pytest.mark.parametrize("key", ["generator_config", "discriminator_config"])
+def test_a_network_without_a_target_is_named_by_its_key(key):
+    with pytest.raises(ConfigError, match=rf"^model\.params\.{key}: expected a mapping with the key target, got 7"):
+        StyleGAN2(**{**stylegan_config(), key: 7})
