@@ -180,7 +180,7 @@ def test_a_part_without_a_target_is_named(part):
         HiddenAndRest(groups(net, net.parameters(), 0.1, num_classes=5), 0.1, **configs)
 
 
-def test_any_recipe_may_use_it():
+def test_what_is_hidden_is_told_by_kind_and_shape():
     """Tables, and what touches pictures, latents or logits, are no hidden matrices; each parameter has one place."""
     net = nn.ModuleDict(
         {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.models.base import BaseModel, Config
 from ldm.models.framework import rank_zero_info
-from ldm.util import UserError, class_of
+from ldm.util import UserError
 
 Losses = tuple[Tensor, dict[str, Tensor]]
 PLAYERS = ("generator", "discriminator")
@@ -105,9 +105,7 @@ class AdversarialModel(BaseModel):
         return []
 
     def configure_optimizers(self) -> Any:
-        if self.generator_optimizer_config is not None:
-            class_of(self.generator_optimizer_config, "model.params.generator_optimizer_config")
-        optimizers = [self.build_optimizer(self.generator_parameters(), self.generator_optimizer_config)]
+        optimizers = [self.build_optimizer(self.generator_parameters(), "generator_optimizer_config")]
         for group in optimizers[0].param_groups:
             group["lr"] *= self.lr_g_factor
         if others := self.discriminator_parameters():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.framework import Module, rank_zero_info
-from ldm.models.param_groups import by_role
+from ldm.models.param_groups import by_role, tables
 from ldm.modules.ema import LitEma
 from ldm.optim import HiddenAndRest, muon_for_this_processor
 from ldm.util import UserError, accepted_params, class_of, instantiate_from_config
@@ -172,10 +172,11 @@ class BaseModel(Module):
         scheduler = self.build_scheduler(optimizer)
         return ([optimizer], [scheduler]) if scheduler else optimizer
 
-    def build_optimizer(self, params: Any, config: Config | None = None) -> torch.optim.Optimizer:
-        """`config`, or `optimizer_config` (default AdamW), over `params` (or groups of them) at `learning_rate`."""
-        config = config or self.optimizer_config or DEFAULT_OPTIMIZER
-        cls = class_of(config, "model.params.optimizer_config")
+    def build_optimizer(self, params: Any, key: str = "optimizer_config") -> torch.optim.Optimizer:
+        """The one under `key`, else `optimizer_config` (default AdamW), over `params` or groups, at `learning_rate`."""
+        key = key if getattr(self, key) else "optimizer_config"
+        config = getattr(self, key) or DEFAULT_OPTIMIZER
+        cls = class_of(config, f"model.params.{key}")
         params = list(params)
         if cls is HiddenAndRest and not isinstance(params[0], dict):
             params = by_role(self, params)
@@ -186,8 +187,8 @@ class BaseModel(Module):
     def _tables_apart(self, params: Any) -> Any:
         """For Muon of timm, which orthogonalises matrices: the rows of an embedding are none, AdamW has them."""
         params = list(params)
-        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
-        parts = [p for p in params if id(p) not in tables], [p for p in params if id(p) in tables]
+        apart = tables(self)
+        parts = [p for p in params if id(p) not in apart], [p for p in params if id(p) in apart]
         return [{"params": parts[0]}, {"params": parts[1], "use_fallback": True}] if parts[1] else params
 
     def build_scheduler(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:

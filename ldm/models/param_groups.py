@@ -14,7 +14,6 @@ from ldm.util import UserError, suggest
 Group = dict[str, Any]
 # the name of a block: up to the first component that is a number or ends in _number (layer1.0, encoder_layer_3)
 BLOCK = re.compile(r"^(.*?(?:\.|_)\d+)\.")
-
 OUTSIDE = 4  # channels of a picture or latent at most
 
 
@@ -49,16 +48,21 @@ def layer_numbers(net: nn.Module) -> dict[str, int]:
     return numbers
 
 
+def tables(net: nn.Module) -> set[int]:
+    """`id` of each embedding's weight: its rows are no directions of a matrix."""
+    return {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
+
+
 def by_role(net: nn.Module, params: Iterable[nn.Parameter]) -> list[Group]:
     """Groups with `hidden`, for optimisers that orthogonalise: true for weights that are matrices or filters.
 
     Not hidden are tables (embeddings) and what touches pictures, latents or logits: a side of at most four channels.
     """
-    tables = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
+    apart = tables(net)
     names = {id(p): n for n, p in net.named_parameters()}
     parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for p in params:
-        matrix = p.ndim >= 2 and names.get(id(p), "").endswith("weight") and id(p) not in tables
+        matrix = p.ndim >= 2 and names.get(id(p), "").endswith("weight") and id(p) not in apart
         parts[matrix and min(p.shape[:2]) > OUTSIDE].append(p)
     return [{"params": part, ROLE: hidden} for hidden, part in parts.items() if part]
 

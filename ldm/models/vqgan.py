@@ -89,7 +89,7 @@ class VQNoDiscModel(VQModel):
         return []  # one optimiser: Lightning accumulates and clips itself
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.build_optimizer(self.generator_parameters(), self.generator_optimizer_config)
+        optimizer = self.build_optimizer(self.generator_parameters(), "generator_optimizer_config")
         scheduler = self.build_scheduler(optimizer)
         return ([optimizer], [scheduler]) if scheduler else optimizer
 
