@@ -131,4 +131,7 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     # run directories, configs and data are looked for where the user is, modules beside this file
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    from ldm.memory import keep_freed_memory
+
+    keep_freed_memory()
     sys.exit(main())

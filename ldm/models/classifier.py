@@ -177,6 +177,11 @@ class Classifier(BaseModel):
             self.check_batch(batch)
         return batch
 
+    def on_train_epoch_start(self) -> None:
+        """Has the last epoch validated, whatever `check_val_every_n_epoch` says: a run is known by it."""
+        if self.trainer.check_val_every_n_epoch and self.trainer.current_epoch + 1 == self.trainer.max_epochs:
+            self.trainer.check_val_every_n_epoch = 1
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Lets a network that fits itself to the images see those of the first batch."""
         if self.global_step == 0 and hasattr(self.model, "fit_to"):

@@ -468,6 +468,14 @@ def test_every_network_s_config_builds_and_steps(path):
     assert loss.isfinite()
 
 
+def test_the_last_epoch_is_validated(tmp_path):
+    argv = ["-t", "-b", config("configs/classifier/resnet_digits.yaml"), "-l", tmp_path, *QUICK, "--max_epochs", 3]
+    argv += ["--limit_train_batches", 1, "--limit_val_batches", 1, "--check_val_every_n_epoch", 2, "--no-test"]
+    assert run_main(*argv) == 0
+    rows = list(csv.DictReader((only_run(tmp_path) / "metrics.csv").open()))
+    assert [int(r["epoch"]) for r in rows if r.get("val/acc1")] == [1, 2]
+
+
 def test_digits_config_learns(tmp_path):
     argv = ["-t", "-b", config("configs/classifier/resnet_digits.yaml"), "-l", tmp_path, "--max_steps", 60]
     extra = ["model.params.scheduler_config.params.warm_up_steps=10", "data.params.num_workers=0"]

@@ -52,6 +52,43 @@ def test_each_image_is_changed_by_itself_and_only_in_training():
     assert (erased > 0).all() and len(erased.unique()) > 1
 
 
+def test_shift_of_a_batch_moves_each_image_by_itself():
+    x = torch.rand(64, 3, 6, 5) * 2 - 1
+    moved = augment.RandomShift(1)(x)
+    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    crops = torch.stack([padded[:, :, i : i + 6, j : j + 5] for i in range(3) for j in range(3)])
+    same = (crops == moved).flatten(2).all(2)  # [9, 64]
+    assert same.any(0).all() and same.any(1).all()
+    assert moved.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_cutout_is_a_square_that_the_border_cuts():
+    x = torch.ones(400, 2, 9, 7)
+    grey = augment.Cutout(4)(x) == 0
+    assert torch.equal(grey[:, 0], grey[:, 1])
+    rows, columns = grey[:, 0].any(2).sum(1), grey[:, 0].any(1).sum(1)
+    assert torch.equal(grey[:, 0].sum((1, 2)), rows * columns)  # a rectangle
+    assert set(rows.tolist()) == set(columns.tolist()) == {2, 3, 4}
+    assert grey[:, 0].any(0).all() and (x == 1).all()
+
+
+def test_transforms_of_batches_come_after_those_of_images(monkeypatch):
+    seen = []
+    monkeypatch.setattr(augment.Cutout, "forward", lambda self, x: seen.append(x) or x)
+    a = augment.Augment([augment.Cutout(2), v2.RandomErasing(p=1.0), v2.MixUp(num_classes=4)])
+    x, labels = a(torch.zeros(4, 3, 16, 16), torch.arange(4))
+    assert seen[0].shape == (4, 3, 16, 16) and set(seen[0].unique().tolist()) == {-1.0, 0.0}
+    assert labels.shape == (4, 4)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"target": "RandomShift", "params": {"pixels": 0}}, {"target": "Cutout", "params": {"size": 0}}]
+)
+def test_sizes_of_the_transforms_of_batches(wrong):
+    with pytest.raises(ConfigError, match="expected at least 1"):
+        classifier(augment_config=[{**wrong, "target": "ldm.modules.classifiers.augment." + wrong["target"]}])
+
+
 @pytest.mark.parametrize("target", ["RandAugment", "TrivialAugmentWide", "AutoAugment", "AugMix"])
 def test_policies_of_torchvision_keep_shape_and_range(target):
     a = augment.Augment([getattr(v2, target)()])

@@ -34,12 +34,62 @@ class RandomNoise(v2.Transform):
         return v2.functional.gaussian_noise(inpt, 0.0, params["sigma"], clip=True)
 
 
-class Augment(nn.Module):
-    """Applies transforms in training: most of them to each image by itself, those that mix images to the batch.
+class BatchTransform(v2.Transform):
+    """A transform of a whole batch that draws something else for each image: one operation instead of one per image."""
+
+
+class RandomShift(BatchTransform):
+    """Images [B, C, H, W] moved by up to `pixels` up or down and left or right, edges mirrored."""
+
+    def __init__(self, pixels: int) -> None:
+        super().__init__()
+        if pixels < 1:
+            raise ValueError(f"got pixels={pixels}, expected at least 1")
+        self.pixels = pixels
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        padded = F.pad(x, (self.pixels,) * 4, mode="reflect")
+        corner = torch.randint(2 * self.pixels + 1, (2, batch, 1), device=x.device)
+        rows = corner[0] + torch.arange(height, device=x.device)
+        columns = corner[1] + torch.arange(width, device=x.device)
+        image = torch.arange(batch, device=x.device)[:, None, None]
+        moved = padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None]]  # [B, H, W, C]
+        return moved.permute(0, 3, 1, 2)
+
+
+class Cutout(BatchTransform):
+    """A grey square in each of the images [B, C, H, W]; its middle is drawn, so that a part of it may lie outside.
+
+    "Improved Regularization of Convolutional Neural Networks with Cutout" (DeVries & Taylor 2017), section 3.2.
 
     Args:
-        transforms: of `torchvision.transforms.v2`; they see float images [C, H, W] in [0, 1]. Of several that mix
-            (`MixUp`, `CutMix`) one is drawn for each batch.
+        size: side of the square in pixels.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"got size={size}, expected at least 1")
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, *sides = x.shape
+        inside = []
+        for side in sides:
+            first = torch.randint(side, (batch, 1), device=x.device) - self.size // 2
+            at = torch.arange(side, device=x.device)
+            inside.append((at >= first) & (at < first + self.size))
+        return x.masked_fill((inside[0][:, :, None] & inside[1][:, None])[:, None], 0.0)
+
+
+class Augment(nn.Module):
+    """Applies transforms in training: most of them to each image by itself, those for batches to the whole batch.
+
+    Args:
+        transforms: of `torchvision.transforms.v2`; they see float images [C, H, W] in [0, 1]. Then those of this module
+            that take batches, which see [B, C, H, W] in [-1, 1]. Of several that mix (`MixUp`, `CutMix`) one is drawn
+            for each batch.
 
     Raises:
         ValueError: something else than a transform.
@@ -50,7 +100,8 @@ class Augment(nn.Module):
         for t in transforms:
             if not isinstance(t, v2.Transform):
                 raise ValueError(f"got {type(t).__name__}, expected a transform of torchvision.transforms.v2")
-        self.single = nn.Sequential(*(t for t in transforms if not isinstance(t, MIXERS)))
+        self.single = nn.Sequential(*(t for t in transforms if not isinstance(t, (BatchTransform, *MIXERS))))
+        self.batch = nn.Sequential(*(t for t in transforms if isinstance(t, BatchTransform)))
         self.mixers = nn.ModuleList(t for t in transforms if isinstance(t, MIXERS))
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,6 +109,7 @@ class Augment(nn.Module):
         if len(self.single):
             images = [self.single(image) for image in (x + 1) / 2]
             x = (torch.stack(images) * 2 - 1).to(memory_format=torch.channels_last)
+        x = self.batch(x)
         if len(self.mixers):
             chosen = int(torch.randint(len(self.mixers), ()))
             x, labels = self.mixers[chosen](x, labels)

@@ -26,13 +26,14 @@ LAYERS, PLANES, GROUPS, REDUCTION = (3, 8, 36, 3), (64, 128, 256, 512), 64, 16
 class SEBottleneck(nn.Module):
     """A bottleneck with grouped 3x3 convolution and squeeze-and-excitation: [B, C, H, W] -> [B, 4 planes, h, w]."""
 
-    def __init__(self, in_channels: int, planes: int, stride: int, downsample: nn.Module | None, drop: float) -> None:
+    def __init__(
+        self, in_channels: int, planes: int, stride: int, downsample: nn.Module | None, drop: float, groups: int
+    ) -> None:
         super().__init__()
         inner, out = planes * 2, planes * 4
         self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
-        # narrower networks have fewer groups: their number has to divide the channels
-        self.conv2 = nn.Conv2d(inner, out, 3, stride, 1, groups=math.gcd(GROUPS, inner), bias=False)
+        self.conv2 = nn.Conv2d(inner, out, 3, stride, 1, groups=math.gcd(groups, inner), bias=False)
         self.bn2 = nn.BatchNorm2d(out)
         self.conv3 = nn.Conv2d(out, out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out)
@@ -54,7 +55,7 @@ class SENet(ImageNetwork):
     Args:
         num_classes: outputs.
         in_channels: of the images.
-        width: multiplies all channels.
+        width: multiplies all channels, and the number of groups: a group keeps its 2, 4, 8 or 16 channels.
         stem: "imagenet" (stride 2, max pool) or "small" (stride 1, no pool).
         dropout: before the last layer.
         drop_path: stochastic depth of the last block, growing linearly from 0.
@@ -80,6 +81,7 @@ class SENet(ImageNetwork):
             stem_layers[f"relu{i}"] = nn.ReLU(inplace=True)
         self.layer0 = nn.Sequential(stem_layers)
         self.pool0 = nn.Identity() if small else nn.MaxPool2d(3, 2, ceil_mode=True)
+        groups = max(1, round(GROUPS * width))
         rates = iter(drop_path_rates(drop_path, sum(LAYERS)))
         for i, (depth, base) in enumerate(zip(LAYERS, PLANES, strict=True)):
             planes, stride, kernel = scaled(base, width), 2 if i else 1, 3 if i else 1
@@ -88,7 +90,7 @@ class SENet(ImageNetwork):
             )
             blocks = []
             for j in range(depth):
-                blocks.append(SEBottleneck(at, planes, 1 if j else stride, None if j else down, next(rates)))
+                blocks.append(SEBottleneck(at, planes, 1 if j else stride, None if j else down, next(rates), groups))
                 at = planes * 4
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
         self.dropout = nn.Dropout(dropout)
