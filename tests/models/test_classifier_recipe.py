@@ -62,6 +62,11 @@ def test_shift_of_a_batch_moves_each_image_by_itself():
     assert moved.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_shift_beyond_the_image_is_one_message():
+    with pytest.raises(UserError, match=r"pixels=6 for images of 8x6, expected at most 5"):
+        augment.RandomShift(6)(torch.zeros(2, 3, 8, 6))
+
+
 def test_cutout_is_a_square_that_the_border_cuts():
     x = torch.ones(400, 2, 9, 7)
     grey = augment.Cutout(4)(x) == 0

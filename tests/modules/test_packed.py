@@ -44,7 +44,7 @@ def gradients(conv, x, enabled=True):
 
 def test_small_maps_in_bfloat16_are_packed(calls):
     torch.manual_seed(0)
-    conv = packed.Conv2d(16, 8)
+    conv = packed.PackedConv2d(16, 8)
     plain = nn.Conv2d(16, 8, 3, padding=1, bias=False)
     plain.load_state_dict(conv.state_dict())
     x = torch.randn(8, 16, 7, 7)
@@ -55,7 +55,7 @@ def test_small_maps_in_bfloat16_are_packed(calls):
 
 
 def test_nothing_else_is_packed(calls, monkeypatch):
-    conv = packed.Conv2d(4, 4)
+    conv = packed.PackedConv2d(4, 4)
     gradients(conv, torch.randn(4, 4, 9, 9))  # large
     gradients(conv, torch.randn(4, 4, 7, 7), enabled=False)  # float32
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

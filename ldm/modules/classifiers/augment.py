@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from ldm.util import UserError
+
 MIXERS = (v2.MixUp, v2.CutMix)
 VIEWS = ("none", "flip", "flip+shift")
 
@@ -39,7 +41,10 @@ class BatchTransform(v2.Transform):
 
 
 class RandomShift(BatchTransform):
-    """Images [B, C, H, W] moved by up to `pixels` up or down and left or right, edges mirrored."""
+    """Images [B, C, H, W] moved by up to `pixels` up or down and left or right, edges mirrored.
+
+    Raises UserError for images that are not larger than `pixels`.
+    """
 
     def __init__(self, pixels: int) -> None:
         super().__init__()
@@ -49,6 +54,11 @@ class RandomShift(BatchTransform):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
+        if self.pixels >= min(height, width):
+            raise UserError(
+                f"model.params.augment_config: got RandomShift with pixels={self.pixels} for images of "
+                f"{height}x{width}, expected at most {min(height, width) - 1}"
+            )
         padded = F.pad(x, (self.pixels,) * 4, mode="reflect")
         corner = torch.randint(2 * self.pixels + 1, (2, batch, 1), device=x.device)
         rows = corner[0] + torch.arange(height, device=x.device)

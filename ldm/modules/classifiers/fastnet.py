@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.classifiers.common import ImageNetwork, is_small, scaled
-from ldm.modules.classifiers.packed import Conv2d
+from ldm.modules.classifiers.packed import PackedConv2d
 
 PATCH = 2  # side of the whitened patches
 EPS = 5e-4  # added to the variance of each direction: noise is not blown up to unit variance
@@ -67,9 +67,9 @@ class Group(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, depth: int) -> None:
         super().__init__()
-        self.conv = Conv2d(in_channels, channels)
+        self.conv = PackedConv2d(in_channels, channels)
         self.norm = Norm(channels)
-        self.convs = nn.ModuleList(Conv2d(channels, channels) for _ in range(depth - 1))
+        self.convs = nn.ModuleList(PackedConv2d(channels, channels) for _ in range(depth - 1))
         self.norms = nn.ModuleList(Norm(channels) for _ in range(depth - 1))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ ROW = 128  # pixels of a packed row at most
 AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # bool() is False: an older PyTorch does not say
 
 
-class Conv2d(nn.Conv2d):
+class PackedConv2d(nn.Conv2d):
     """`nn.Conv2d` of stride 1 that keeps the size, without a bias; faster in training on small maps with AMX.
 
     Args:

@@ -55,7 +55,7 @@ class SENet(ImageNetwork):
     Args:
         num_classes: outputs.
         in_channels: of the images.
-        width: multiplies all channels, and the number of groups: a group keeps its 2, 4, 8 or 16 channels.
+        width: multiplies all channels, and the number of groups, so that a group keeps its channels (2, 4, 8, 16).
         stem: "imagenet" (stride 2, max pool) or "small" (stride 1, no pool).
         dropout: before the last layer.
         drop_path: stochastic depth of the last block, growing linearly from 0.
