@@ -375,6 +375,9 @@ def test_the_fast_config_s_header_says_what_it_does_and_what_was_measured():
     assert yaml.data.params.train.params.flip_p == "alternate" and "flips in turn" in text
     assert "Muon" in text and yaml.model.params.optimizer_config.params.hidden.target.endswith("Muon")
     assert f"{row['top1']:.1f} % after {row['minutes']:.0f}" in text and "ema weights" in row["source"]
+    short = json.loads((ROOT / "results/cifar10/fastnet_10_epochs.json").read_text())
+    assert "with 10:" in text and f"{short['top1']:.1f} % after {short['minutes']:.0f}" in text
+    assert short["source"] == "validation, epoch 9, ema weights" and short["minutes"] <= 25 and short["top1"] >= 90
     curve = row["curves"]["val/acc1_ema"]
     share, minutes = re.search(r"(\d+) % within (\d+) minutes", text).groups()
     reached = next(step for step, value in curve if 100 * value >= int(share))
