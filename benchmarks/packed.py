@@ -1,4 +1,4 @@
-"""The training step of fastnet in bf16 as it is / without packed weight gradients / with freed memory given back.
+"""The training step of fastnet in bf16 as it is / without packed small maps / with freed memory given back.
 
 python benchmarks/packed.py               (32x32, batch 500; the first two are the same on a processor without AMX)
 """

@@ -1,4 +1,4 @@
-"""ldm.modules.classifiers.packed: convolutions whose weight gradient is taken of images side by side."""
+"""ldm.modules.classifiers.packed: convolutions of images side by side."""
 
 import pytest
 import torch
@@ -12,23 +12,25 @@ def test_gradients_are_those_of_the_convolution(batch, kernel, size):
     torch.manual_seed(0)
     x = torch.randn(batch, 3, size + 1, size, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, 3, kernel, kernel, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(packed.PackedGradient.apply, (x, weight))
-    out = packed.PackedGradient.apply(x, weight)
+    assert torch.autograd.gradcheck(packed.Packed.apply, (x, weight))
+    out = packed.Packed.apply(x, weight)
     torch.testing.assert_close(out, torch.nn.functional.conv2d(x, weight, padding=kernel // 2))
 
 
 def test_as_many_images_in_a_row_as_fit_and_divide_the_batch():
-    assert packed.together(torch.Size([500, 8, 7, 7]), 1) == 10
-    assert packed.together(torch.Size([500, 8, 3, 3]), 1) == 25
+    assert packed.together(torch.Size([500, 8, 7, 7]), 1) == 4
+    assert packed.together(torch.Size([500, 8, 3, 3]), 1) == 20
     assert packed.together(torch.Size([7, 8, 3, 3]), 1) == 7
     assert packed.together(torch.Size([131, 8, 7, 7]), 1) == 1
     x = torch.arange(1, 9.0).view(2, 1, 2, 2)
     assert packed.packed(x, 2, 1).tolist() == [[[[1, 2, 0, 5, 6, 0], [3, 4, 0, 7, 8, 0]]]]
+    x = torch.randn(6, 4, 3, 2)
+    assert torch.equal(packed.unpacked(packed.packed(x, 3, 2), 3, 2), x)
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Each use of the packed gradient on a processor that is said to have AMX."""
+    """Each packing, on a processor that is said to have AMX."""
     seen, function = [], packed.packed
     monkeypatch.setattr(packed, "AMX", True)
     monkeypatch.setattr(packed, "packed", lambda *args: seen.append(args) or function(*args))
