@@ -74,8 +74,7 @@ class Streamed(Dataset):
     """A map-style data set whose random numbers depend on (seed, epoch, index) only.
 
     Our own data sets get the name of the epoch's random stream. Others, which draw from the generators of Python,
-    NumPy and torch, find these seeded for each image; in the main process the generators are put back afterwards. A
-    dict that does not say `index` is given it: the image's place in the data set.
+    NumPy and torch, find these seeded for each image; in the main process the generators are put back afterwards.
 
     Args:
         dataset: anything with `__len__` and `__getitem__`.
@@ -93,10 +92,10 @@ class Streamed(Dataset):
         epoch, indices = keys[0] // len(self), [k % len(self) for k in keys]
         stream = stream_of(self.seed, epoch)
         if hasattr(self.dataset, "get_batch"):
-            return {"index": torch.tensor(indices), **self.dataset.get_batch(indices, stream)}
+            return self.dataset.get_batch(indices, stream)
         before = random.getstate(), np.random.get_state(), torch.get_rng_state()
         try:
-            return [_numbered(self._seeded(i, stream), i) for i in indices]
+            return [self._seeded(i, stream) for i in indices]
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
@@ -112,10 +111,6 @@ class Streamed(Dataset):
     def __getitem__(self, key: int) -> Any:
         batch = self.__getitems__([key])
         return {k: v[0] for k, v in batch.items()} if isinstance(batch, dict) else batch[0]
-
-
-def _numbered(sample: Any, index: int) -> Any:
-    return {"index": index, **sample} if isinstance(sample, dict) else sample
 
 
 def collate(samples: Any) -> Any:

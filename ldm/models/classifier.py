@@ -18,7 +18,7 @@ from ldm.models.classifier_pictures import Mistakes, filter_picture, first_filte
 from ldm.models.classifier_report import Report, shares, write_picture
 from ldm.models.framework import rank_zero_info
 from ldm.models.pretrained import HALF, IMAGENET, load_weights, pixel_statistics
-from ldm.modules.classifiers.augment import build_augment, views
+from ldm.modules.classifiers.augment import MIXERS, Augment, views
 from ldm.modules.classifiers.common import BufferEma
 from ldm.modules.classifiers.explain import attends, attention_rollout, grad_cam
 from ldm.optim import HiddenAndRest
@@ -47,7 +47,6 @@ class Classifier(BaseModel):
         augment_config: list of `{target: torchvision.transforms.v2.X, params}` for training, in that order; see
             `ldm.modules.classifiers.augment.Augment`.
         distill_config: `{target: ldm.models.distillation.Teacher, params: {run: ...}}`: learn from another run as well.
-        prune_config: `{target: ldm.modules.classifiers.prune.InfoBatch, params}`: train on fewer easy images.
         weights: `torchvision://IMAGENET1K_V1`, `timm://name`, a file, or a run directory or checkpoint of this project
             (its averaged weights, where it has them), loaded strictly.
         allow_head: with `weights` of another number of classes: the last layer starts afresh.
@@ -78,7 +77,6 @@ class Classifier(BaseModel):
         aux_weight: float = 0.3,
         augment_config: Sequence[Config] = (),
         distill_config: Config | None = None,
-        prune_config: Config | None = None,
         weights: str | None = None,
         allow_head: bool = False,
         train_only: str | Sequence[str] | None = None,
@@ -105,7 +103,6 @@ class Classifier(BaseModel):
         self._set_class_weights(class_weights)
         self.augment = build_augment(augment_config, num_classes)
         self.teacher = instantiate_from_config(distill_config) if distill_config else None
-        self.prune = instantiate_from_config(prune_config) if prune_config else None
         if weights is not None:
             report = load_weights(self.model, weights, network, num_classes, allow_head)
             rank_zero_info(f"{weights}: {report}")
@@ -265,43 +262,34 @@ class Classifier(BaseModel):
         return logits, [a for a in rest if a is not None]
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy and the accuracy of the batch; in training mode with augmentation, smoothing, auxiliary heads,
-        the teacher, and of the images that `prune_config` leaves."""
-        if self.training and self.prune is not None:
-            batch = self.prune.choose(batch, self.global_step / self.trainer.estimated_stepping_batches)
+        """Cross-entropy and the accuracy of the batch; in training mode with augmentation, smoothing, auxiliary heads
+        and the teacher."""
         x, labels = self.get_input(batch, self.first_stage_key), batch[self.label_key]
-        loss, logits = self._training_loss(x, labels, batch) if self.training else self._plain_loss(x, labels)
-        return loss, {"loss": loss, "acc": self.accuracy(logits.detach(), labels)}
+        loss, logits = self._training_loss(x, labels) if self.training else self._plain_loss(x, labels)
+        with torch.no_grad():
+            accuracy = (logits.argmax(1) == labels).float().mean()
+        return loss, {"loss": loss, "acc": accuracy}
 
-    def accuracy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits [B, num_classes], labels [B] -> share that is right, scalar."""
-        return (logits.argmax(1) == labels).float().mean()
-
-    def _training_loss(self, x: Tensor, labels: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _training_loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         target = labels
         if self.augment is not None:
             with torch.no_grad():
                 x, target = self.augment(x, labels)
         logits, aux = self._split(self(x))
-        loss = self.aux_weight * sum(self._smoothed(a, target, batch) for a in aux)
-        loss = loss + self._smoothed(logits, target, batch)  # the last one: these losses are remembered
+        loss = self.cross_entropy(logits, target, self.label_smoothing)
+        for a in aux:
+            loss = loss + self.aux_weight * self.cross_entropy(a, target, self.label_smoothing)
         if self.teacher is not None:
             loss = self.teacher.mix(loss, logits, x)
         return loss, logits
-
-    def _smoothed(self, logits: Tensor, target: Tensor, batch: dict[str, Any]) -> Tensor:
-        if self.prune is None:
-            return self.cross_entropy(logits, target, self.label_smoothing)
-        return self.prune.mean(self.cross_entropy(logits, target, self.label_smoothing, "none"), batch)
 
     def _plain_loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.predict(x)
         return self.cross_entropy(logits, labels), logits
 
-    def cross_entropy(self, logits: Tensor, target: Tensor, smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
-        """Logits [B, num_classes], labels [B] or soft labels [B, num_classes] -> scalar; [B] if `reduction` is none."""
-        weights = self.class_weights
-        return F.cross_entropy(logits.float(), target, weights, label_smoothing=smoothing, reduction=reduction)
+    def cross_entropy(self, logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Logits [B, num_classes], labels [B] or soft labels [B, num_classes] -> scalar."""
+        return F.cross_entropy(logits.float(), target, self.class_weights, label_smoothing=smoothing)
 
     def _evaluate(self, batch: dict[str, Any], split: str) -> None:
         self._score(batch, split, "")
@@ -432,6 +420,15 @@ class Classifier(BaseModel):
     def name_of(self, label: Tensor | int) -> str:
         """The class's name, or its number."""
         return self.class_names[int(label)] if self.class_names else str(int(label))
+
+
+def build_augment(configs: Sequence[Config], num_classes: int) -> Augment | None:
+    """The transforms of `augment_config`; those that mix labels are told how many there are."""
+    built = []
+    for config in configs:
+        known = {"num_classes": num_classes} if class_of(config, "model.params.augment_config") in MIXERS else {}
+        built.append(instantiate_from_config(config, **known))
+    return Augment(built) if built else None
 
 
 def _filled(node: Any, steps: int) -> Any:

@@ -64,19 +64,19 @@ class Segmenter(Classifier):
     def _out_of_range(self, labels: Tensor) -> Tensor:
         return super()._out_of_range(labels) & (labels != IGNORE)
 
-    def cross_entropy(self, logits: Tensor, target: Tensor, smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
-        """Logits [B, num_classes, H, W], labels [B, H, W] -> scalar, the mean over pixels that count; if `reduction` is
-        none, that of each image [B]."""
-        options: dict[str, Any] = {"ignore_index": IGNORE, "label_smoothing": smoothing}
-        losses = F.cross_entropy(logits.float(), target, self.class_weights, reduction=reduction, **options)
-        if reduction != "none":
-            return losses
-        return losses.flatten(1).sum(1) / (target != IGNORE).flatten(1).sum(1).clamp_min(1)
+    def cross_entropy(self, logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Logits [B, num_classes, H, W], labels [B, H, W] -> scalar, the mean over pixels that count."""
+        return F.cross_entropy(
+            logits.float(), target, self.class_weights, ignore_index=IGNORE, label_smoothing=smoothing
+        )
 
-    def accuracy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits [B, num_classes, H, W], labels [B, H, W] -> share of the pixels that count that is right, scalar."""
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy and accuracy over the pixels of the batch that count."""
+        x, labels = self.get_input(batch, self.first_stage_key), batch[self.label_key]
+        loss, logits = self._training_loss(x, labels) if self.training else self._plain_loss(x, labels)
         counts = labels != IGNORE
-        return ((logits.argmax(1) == labels) & counts).sum() / counts.sum().clamp_min(1)
+        accuracy = ((logits.argmax(1) == labels) & counts).sum() / counts.sum().clamp_min(1)
+        return loss, {"loss": loss, "acc": accuracy.detach()}
 
     @torch.no_grad()
     def log_images(self, batch: dict[str, Any], n: int = 8) -> dict[str, Tensor]:

@@ -109,26 +109,3 @@ def test_plain_indices_work_too():
     data = Streamed(ArrayDataset(torch.zeros(3, 4, 4, 1, dtype=torch.uint8), np.arange(3)), 0)
     assert data[2]["class_label"] == 2 and data[2]["image"].shape == (4, 4, 1)
     assert Streamed(Noisy(), 0)[5]["caption"] == "no 5"
-
-
-class OwnIndex(Noisy):
-    def __getitem__(self, i):
-        return {**super().__getitem__(i), "index": 100 + i}
-
-
-class Plain:
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, i):
-        return torch.tensor(i)
-
-
-def test_batches_say_which_images_they_hold():
-    arrays = ArrayDataset(torch.zeros(12, 4, 4, 1, dtype=torch.uint8), np.arange(12))
-    for batch in epoch_of(arrays, 0, 1):
-        assert batch["index"].dtype == torch.int64 and torch.equal(batch["index"], batch["class_label"])
-    for batch in epoch_of(Noisy(), 0, 1):
-        assert [f"no {i}" for i in batch["index"].tolist()] == batch["caption"]
-    assert min(int(b["index"].min()) for b in epoch_of(OwnIndex(), 0, 1)) == 100
-    assert sorted(collate(Streamed(Plain(), 0).__getitems__([3, 1])).tolist()) == [1, 3]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from ldm.util import UserError, class_of, instantiate_from_config
+from ldm.util import UserError
 
 MIXERS = (v2.MixUp, v2.CutMix)
 VIEWS = ("none", "flip", "flip+shift")
@@ -124,15 +124,6 @@ class Augment(nn.Module):
             chosen = int(torch.randint(len(self.mixers), ()))
             x, labels = self.mixers[chosen](x, labels)
         return x, labels
-
-
-def build_augment(configs: Sequence[dict[str, Any]], num_classes: int) -> Augment | None:
-    """The transforms of `augment_config`; those that mix labels are told how many there are."""
-    built = []
-    for config in configs:
-        known = {"num_classes": num_classes} if class_of(config, "model.params.augment_config") in MIXERS else {}
-        built.append(instantiate_from_config(config, **known))
-    return Augment(built) if built else None
 
 
 def views(x: Tensor, kind: str) -> list[tuple[Tensor, float]]:
