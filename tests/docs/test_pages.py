@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 
 import pytest
@@ -158,3 +159,22 @@ def test_every_message_is_one_that_the_code_gives():
         for part in re.split(r"\.{3,}|, got .*|\(did you mean", row[0].strip("`")):
             part = part.strip(" .:;,()")
             assert row[0] == "message" or part in source, f"{row[0]}: {part!r} is said nowhere"
+
+
+@pytest.mark.smoke
+def test_what_is_said_of_plain_and_residual_networks_is_in_their_rows():
+    """docs/course.md: accuracy, training loss and minutes of the four runs on CIFAR-10."""
+    page = " ".join((ROOT / "docs/course.md").read_text(encoding="utf-8").split())
+    said = page[page.index("seed 23, 1,760 steps") : page.index("`results/depth_cifar10`")]
+    names = ("resnet56", "resnet20", "plain56", "plain20")
+    rows = [json.loads((ROOT / f"results/depth_cifar10/{name}.json").read_text()) for name in names]
+    accuracies = [float(n) for n in re.findall(r"([\d.]+) %", said)]
+    assert accuracies == [round(r["top1"], 1) for r in rows]
+    losses = [float(n) for n in re.findall(r"\d\.\d\d(?! %)", said)]
+    means = []
+    for row in rows:
+        last = [loss for step, loss in row["curves"]["train/loss"] if step >= 1760 * 4 // 5]
+        means.append(sum(last) / len(last))
+    assert losses == pytest.approx(means, abs=0.006)
+    assert [round(r["minutes"]) for r in rows] == [14, 6, 14, 5]
+    assert "five to six minutes with 20 layers, 14 with 56" in said

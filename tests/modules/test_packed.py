@@ -59,6 +59,7 @@ def test_small_maps_in_bfloat16_are_packed(calls):
 def test_nothing_else_is_packed(calls, monkeypatch):
     conv = packed.PackedConv2d(4, 4)
     gradients(conv, torch.randn(4, 4, 9, 9))  # large
+    gradients(conv, torch.randn(5, 4, 7, 7))  # five images make no rows of two to four
     gradients(conv, torch.randn(4, 4, 7, 7), enabled=False)  # float32
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         conv(torch.randn(4, 4, 7, 7))
