@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,14 +176,15 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(line.rstrip() for line in padded)
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
+def as_csv(rows: Sequence[Row]) -> str:
     """One line for each answer: file, rank, class, index, probability."""
-    with path.open("w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f)
-        writer.writerow(["file", "rank", "class", "index", "probability"])
-        for row in rows:
-            for rank, t in enumerate(row["top"], 1):
-                writer.writerow([row["file"], rank, t["class"], t["index"], t["probability"]])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "rank", "class", "index", "probability"])
+    for row in rows:
+        for rank, t in enumerate(row["top"], 1):
+            writer.writerow([row["file"], rank, t["class"], t["index"], t["probability"]])
+    return text.getvalue()
 
 
 def looks_at_picture(reader: Reader, x: Tensor, rows: Sequence[Row]) -> Any:

@@ -33,8 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", metavar="NAME", help="a network of torchvision instead, with its published weights")
     add("--weights", help="with -r: ema or raw (default: ema where there are); with --model: IMAGENET1K_V1, ...")
     add("--top", type=int, default=5, help="answers for each picture (default: 5)")
-    add("--json", metavar="FILE", help="write the answers here; - writes them to standard output instead of the table")
-    add("--csv", metavar="FILE", help="write the answers here, one a line")
+    place = {"nargs": "?", "const": "-", "metavar": "FILE"}
+    add("--json", **place, help="write the answers here; without FILE, to standard output instead of the table")
+    add("--csv", **place, help="the same, one answer a line")
     add("--grad-cam", metavar="PNG", help=f"draw where the network looks in the first {SHOWN} pictures")
     add("--batch-size", type=int, default=64, help="pictures per network call")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -63,6 +64,7 @@ def classify(args: argparse.Namespace) -> None:
     for name, value in (("--top", args.top), ("--batch-size", args.batch_size)):
         if value < 1:
             raise UserError(f"{name} {value}: expected at least 1")
+    check_places(args)
     paths = recognition.find_pictures(args.images)
     reader = open_reader(args)
     reader.model.to(generate.pick_device(args.device))
@@ -80,21 +82,38 @@ def classify(args: argparse.Namespace) -> None:
         raise UserError(f"{len(unread)} of {len(paths)} pictures cannot be read:\n  " + "\n  ".join(unread[:10]))
 
 
+def check_places(args: argparse.Namespace) -> None:
+    """Raises UserError for a file to write that is no such file: `--json a.png b.png` means to read a.png."""
+    from ldm.util import UserError
+
+    if args.json == args.csv == "-":
+        raise UserError("--json and --csv cannot both go to standard output: give one of them a file")
+    for flag in ("json", "csv"):
+        file = getattr(args, flag)
+        if file not in (None, "-") and Path(file).suffix.lower() != f".{flag}":
+            raise UserError(
+                f"--{flag} {file}: expected a name that ends in .{flag}; for standard output put --{flag} at the end"
+            )
+
+
 def show(args: argparse.Namespace, reader: Any, rows: list[Any], first: list[Any]) -> None:
     """The answers as a table, and in the files asked for."""
     import torch
 
     from ldm import recognition
 
-    text = json.dumps(rows, indent=2, ensure_ascii=False)
-    if args.json == "-":
-        print(text)
-    else:
+    answers = {
+        "json": json.dumps(rows, indent=2, ensure_ascii=False) + "\n",
+        "csv": recognition.as_csv(rows),
+    }
+    if "-" not in (args.json, args.csv):
         print(f"{reader.source}\n{recognition.table(rows)}")
-    if args.json and args.json != "-":
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
-    if args.csv:
-        recognition.write_csv(rows, Path(args.csv))
+    for flag, text in answers.items():
+        file = getattr(args, flag)
+        if file == "-":
+            print(text, end="")
+        elif file:
+            Path(file).write_text(text, encoding="utf-8", newline="")
     if args.grad_cam:
         recognition.looks_at_picture(reader, torch.stack(first), rows[: len(first)]).save(args.grad_cam, format="PNG")
 

@@ -100,6 +100,26 @@ def test_answers_are_the_model_s(run, pictures, call, tmp_path):
     assert raw[0]["probability"] == pytest.approx(float(model(pixels).softmax(1).max()), abs=1e-4)
 
 
+@pytest.mark.parametrize("place", [(), ("-",)])
+def test_answers_on_standard_output(run, pictures, call, place):
+    code, out, _ = call("classify", "-r", run, pictures / "a.png", "--top", 2, "--json", *place)
+    top = json.loads(out)[0]["top"]
+    assert code == 0 and len(top) == 2
+    code, out, _ = call("classify", "-r", run, pictures / "a.png", "--top", 2, "--csv", *place)
+    lines = list(csv.DictReader(out.splitlines()))
+    assert code == 0 and [line["class"] for line in lines] == [t["class"] for t in top]
+
+
+def test_a_picture_is_not_taken_for_the_file_to_write(run, pictures, call):
+    before = (pictures / "a.png").read_bytes()
+    for flag in ("--json", "--csv"):
+        code, out, err = call("classify", "-r", run, flag, pictures / "a.png", pictures / "b.png")
+        assert code == 2 and not out and f"a.png: expected a name that ends in .{flag[2:]}" in err
+    assert (pictures / "a.png").read_bytes() == before
+    code, _, err = call("classify", "-r", run, pictures / "a.png", "--json", "--csv")
+    assert code == 2 and "cannot both go to standard output" in err
+
+
 def test_a_broken_picture_does_not_lose_the_others(run, pictures, call, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     code, out, err = call("classify", "-r", run, tmp_path / "bad.png", pictures / "a.png")
